@@ -1,0 +1,162 @@
+"""FGSM, PGD with EoT, and the adversarially-balanced batch, written out by hand.
+
+Every attack takes a model from pixels (B, C, H, W) in [0, 1] to logits (B, K), and returns pictures that are detached,
+at most eps away from x in every pixel (l-infinity), and in [0, 1]. Gradients are taken with respect to the input only:
+the model's parameters never receive any, and its mode (train or eval) is left as it is.
+"""
+
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------ losses, one per picture
+
+
+def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(B, K), (B,) -> (B,)"""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def dlr(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Difference of logits ratio (Croce and Hein 2020), invariant to the scale and shift of the logits: positive where
+    the picture is misclassified. (B, K), (B,) -> (B,). With K = 2 there is no third logit to scale by: the plain
+    difference."""
+    ordered = logits.sort(dim=1).values
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    best_other = torch.where(logits.argmax(dim=1) == y, ordered[:, -2], ordered[:, -1])
+    scale = ordered[:, -1] - ordered[:, -3] + 1e-12 if logits.shape[1] > 2 else 1.0
+    return (best_other - own) / scale
+
+
+LOSSES = {"ce": cross_entropy, "dlr": dlr}
+
+
+# --------------------------------------------------------------------------------------------------- FGSM and PGD
+
+
+def input_gradient(model, x: torch.Tensor, y: torch.Tensor, loss: str = "ce", eot: int = 1) -> torch.Tensor:
+    """d loss / d x, (B, C, H, W), averaged over `eot` evaluations of a stochastic model (Athalye et al. 2018)."""
+    gradient = torch.zeros_like(x)
+    for _ in range(eot):
+        x = x.detach().requires_grad_()
+        gradient += torch.autograd.grad(LOSSES[loss](model(x), y).sum(), x)[0]
+    return gradient / eot
+
+
+def ascend(model, x, y, start, eps, steps, step_size, eot=1, loss="ce") -> torch.Tensor:
+    """`steps` signed gradient steps from `start`, each projected on the eps-ball around x and on [0, 1].
+
+    eps and step_size are numbers, or tensors that broadcast to x, so that each picture can have its own."""
+    adversarial = start.detach()
+    for _ in range(steps):
+        step = step_size * input_gradient(model, adversarial, y, loss, eot).sign()
+        adversarial = project(adversarial + step, x, eps)
+    return adversarial
+
+
+def project(adversarial: torch.Tensor, x: torch.Tensor, eps) -> torch.Tensor:
+    """The nearest picture that is at most eps away from x and has its pixels in [0, 1]."""
+    return torch.minimum(torch.maximum(adversarial, x - eps), x + eps).clamp(0.0, 1.0)
+
+
+def fgsm(model, x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
+    """One step of length eps along the sign of the gradient (Goodfellow et al. 2015), no random start.
+
+    Args: x (B, C, H, W) in [0, 1], y (B,), eps in pixels (8/255). Raises ValueError for pixels outside [0, 1]."""
+    _check(x, eps)
+    return ascend(model, x, y, x, eps, steps=1, step_size=eps)
+
+
+def pgd(model, x, y, eps, steps, step_size, random_start=True, eot=1, loss="ce", noise=None) -> torch.Tensor:
+    """Projected gradient descent (Madry et al. 2018; paper, appendix A and table 12).
+
+    Args:
+        x, y: pictures (B, C, H, W) in [0, 1] and their labels (B,).
+        eps, step_size: in pixels; the paper has eps 8/255, step size 0.01 and 40 steps in training.
+        random_start: begin at a uniformly random point of the ball.
+        eot: gradients of a stochastic model averaged at each step.
+        loss: "ce" or "dlr", maximised.
+        noise: the random start, uniform in [-1, 1] and of x's shape; torch's global generator draws it when None.
+    Raises ValueError for pixels outside [0, 1] or a negative radius.
+    """
+    _check(x, eps)
+    start = x
+    if random_start:
+        noise = torch.empty_like(x).uniform_(-1, 1) if noise is None else noise
+        start = project(x + eps * noise, x, eps)
+    return ascend(model, x, y, start, eps, steps, step_size, eot, loss)
+
+
+def _check(x: torch.Tensor, eps: float) -> None:
+    if not 0 <= eps <= 1:
+        raise ValueError(f"eps is a distance in pixels, between 0 and 1 (8/255, say), not {eps}")
+    if x.numel() and not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(
+            f"pictures must have their pixels in [0, 1]; these lie in [{x.min():.3g}, {x.max():.3g}]. Normalisation "
+            "belongs inside the model"
+        )
+
+
+# ------------------------------------------------------------------------------- the adversarially-balanced batch
+
+KINDS = ("PGD eps/2", "PGD eps", "FGSM eps/2", "FGSM eps")
+
+
+def balanced_kinds(first: int, count: int, fraction: float) -> torch.Tensor:
+    """Which attack pictures number first .. first + count - 1 of the training run get: -1 for none, else index of
+    KINDS.
+
+    Picture i is perturbed when floor((i + 1) * fraction) passes the next whole number, and the kinds take turns over
+    the perturbed pictures. So the fraction and the even split hold exactly over time, for any batch size (1 % of
+    batches of 128, say) and however a batch is divided over processes: only a picture's number counts.
+    """
+    share = Fraction(str(fraction))  # exact: 100 * 0.29 must be 29, not 28.999...
+    turns = [(i * share.numerator) // share.denominator for i in range(first, first + count + 1)]
+    return torch.tensor([turn % len(KINDS) if after > turn else -1 for turn, after in zip(turns, turns[1:])])
+
+
+def adversarially_balanced_batch(
+    classifier,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    eps: float,
+    fraction: float,
+    steps: int = 40,
+    step_size: float = 0.01,
+    first: int = 0,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A copy of x (B, C, H, W) with a part perturbed against the classifier (paper, section 4.4): an even split of PGD
+    eps/2, PGD eps, FGSM eps/2 and FGSM eps, all untargeted on cross-entropy; the other pictures stay as they are.
+
+    One loop serves all four: each row has a radius of its own, FGSM rows take a single step of that length.
+
+    Args:
+        eps: largest radius, in pixels. fraction: share of perturbed pictures, in [0, 1].
+        steps, step_size: of PGD.
+        first: this batch's first picture's number since the start of training; see `balanced_kinds`.
+        noise: PGD's random start, uniform in [-1, 1], of x's shape; drawn from torch's global generator when None.
+    """
+    _check(x, eps)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"the perturbed fraction is between 0 and 1, not {fraction}")
+    kinds = balanced_kinds(first, len(x), fraction).to(x.device)
+    rows = (kinds >= 0).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return x.clone()
+    noise = torch.empty_like(x).uniform_(-1, 1) if noise is None else noise
+
+    kinds, clean, y, noise = kinds[rows], x[rows], y[rows], noise[rows]
+    radius = eps * torch.where(kinds % 2 == 0, 0.5, 1.0).to(x)[:, None, None, None]
+    is_pgd = (kinds < 2)[:, None, None, None]
+    start = torch.where(is_pgd, project(clean + radius * noise, clean, radius), clean)
+    stride = torch.where(is_pgd, step_size, radius)
+
+    adversarial = ascend(classifier, clean, y, start, radius, 1, stride)
+    pgd_rows = (kinds < 2).nonzero().squeeze(1)
+    if len(pgd_rows) and steps > 1:  # FGSM is done after its first step
+        adversarial[pgd_rows] = ascend(
+            classifier, clean[pgd_rows], y[pgd_rows], adversarial[pgd_rows], radius[pgd_rows], steps - 1, step_size
+        )
+    return x.index_copy(0, rows, adversarial)

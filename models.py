@@ -1,0 +1,278 @@
+"""The classifier, and the hooks that record its internal representation.
+
+The network is the WideResNet of the public adversarially-trained weights (Gowal et al. 2020; Wang et al. 2023; Cui et
+al. 2023): SiLU activations, pre-activation blocks, its own input normalisation, global average pooling. Everything
+outside it speaks pixels in [0, 1].
+
+Shapes: B batch, C, H, W image, K classes. A representation is a list of tensors (B, c_i, h_i, w_i).
+
+    classifier = WideResNet(num_classes=10, depth=28, width=10)
+    logits, representation = record(classifier, representation_layers(28), x)
+"""
+
+from contextvars import ContextVar
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+# Mean and standard deviation the published classifiers were trained with, by number of classes (paper, section 5.1).
+PUBLISHED_NORMALISATION = {
+    10: (CIFAR10_MEAN, CIFAR10_STD),
+    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    200: ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),  # Tiny ImageNet
+}
+
+
+# --------------------------------------------------------------------------------------------------- the WideResNet
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution without bias. With stride 2 it pads on the right and at the bottom only, as the public weights
+    expect (they were made for TensorFlow's "same" padding)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__(in_channels, out_channels, 3, stride, padding=1 if stride == 1 else 0, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if self.stride == (1, 1) else F.pad(x, (0, 1, 0, 1)))
+
+
+class Block(nn.Module):
+    """BN, SiLU, 3x3 convolution, twice, around a skip connection. Where the number of channels changes, the skip is a
+    1x1 convolution of the *activated* input; elsewhere it is the input itself."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.batchnorm_0 = nn.BatchNorm2d(in_channels, momentum=0.01)
+        self.conv_0 = Conv3x3(in_channels, out_channels, stride)
+        self.batchnorm_1 = nn.BatchNorm2d(out_channels, momentum=0.01)
+        self.conv_1 = Conv3x3(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        activated = F.silu(self.batchnorm_0(x))
+        out = self.conv_1(F.silu(self.batchnorm_1(self.conv_0(activated))))
+        return out + (self.shortcut(activated) if hasattr(self, "shortcut") else x)
+
+
+class Group(nn.Module):
+    """n blocks of equal width, the first of which may halve the resolution."""
+
+    def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        first = Block(in_channels, out_channels, stride)
+        self.block = nn.Sequential(first, *(Block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+class WideResNet(nn.Module):
+    """WideResNet-depth-width (Zagoruyko and Komodakis 2016), with the parameter names of the public weights.
+
+    Args:
+        num_classes: K.
+        depth: 6n + 4 (28 in the paper); n blocks in each of the three groups.
+        width: channels are 16, 32 and 64 times this.
+        in_channels: C, 1 or 3.
+        mean, std: per-channel normalisation of the pixels, applied inside. They are not part of the state dict, since
+            the public weights do not hold them; `config` remembers them.
+
+    Raises ValueError if the depth is not 6n + 4, or mean and std do not fit in_channels.
+    """
+
+    def __init__(self, num_classes: int, depth: int = 28, width: int = 10, in_channels: int = 3, mean=None, std=None):
+        super().__init__()
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"depth must be 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+        if mean is None and std is None:
+            mean, std = (CIFAR10_MEAN, CIFAR10_STD) if in_channels == 3 else ((0.5,), (0.5,))
+        mean, std = (tuple(np.ravel(m).astype(float).tolist()) for m in (mean, std))
+        if not len(mean) == len(std) == in_channels:
+            raise ValueError(f"mean {mean} and std {std} need one number for each of the {in_channels} channels")
+        self.config = dict(
+            num_classes=num_classes, depth=depth, width=width, in_channels=in_channels, mean=mean, std=std
+        )
+
+        blocks = (depth - 4) // 6
+        widths = [16, 16 * width, 32 * width, 64 * width]
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.init_conv = Conv3x3(in_channels, widths[0])
+        self.layer = nn.Sequential(
+            Group(blocks, widths[0], widths[1], stride=1),
+            Group(blocks, widths[1], widths[2], stride=2),
+            Group(blocks, widths[2], widths[3], stride=2),
+        )
+        self.batchnorm = nn.BatchNorm2d(widths[3], momentum=0.01)
+        self.logits = nn.Linear(widths[3], num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1], (B, C, H, W) -> logits (B, K)."""
+        if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
+            raise ValueError(f"expected pictures (B, {self.config['in_channels']}, H, W), got {tuple(x.shape)}")
+        features = self.init_conv((x - self.mean) / self.std)  # (B, 16, H, W)
+        features = self.layer(features)  #                       (B, 64 width, H/4, W/4)
+        features = F.silu(self.batchnorm(features))
+        return self.logits(features.mean(dim=(2, 3)))  #         (B, K)
+
+
+# ------------------------------------------------------------------------------------------------ the representation
+
+
+def representation_layers(depth: int) -> list[str]:
+    """The tapped layers (paper, table 5): both 3x3 convolutions of every block, and the shortcuts that open the second
+    and the third group, in the order of execution. 26 names at depth 28."""
+    names = []
+    for group in range(3):
+        for block in range((depth - 4) // 6):
+            names += [f"layer.{group}.block.{block}.conv_0", f"layer.{group}.block.{block}.conv_1"]
+            if group > 0 and block == 0:
+                names.append(f"layer.{group}.block.0.shortcut")
+    return names
+
+
+_innermost_recording: ContextVar[dict | None] = ContextVar("innermost_recording", default=None)
+
+
+def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run the classifier once and keep the outputs of the named layers.
+
+    Nothing is detached: the representation is differentiable in x whenever gradients are enabled. The hooks are removed
+    whatever happens, exceptions included. A recording inside another one (or in another thread) does not disturb it: a
+    hook only writes while its own recording is the innermost.
+
+    Returns:
+        logits (B, K) and the representation, a list of (B, c_i, h_i, w_i) in the order of `layers`.
+    Raises:
+        ValueError: the classifier has no such layer, or did not run it.
+    """
+    modules = dict(classifier.named_modules())
+    if missing := [name for name in layers if name not in modules]:
+        raise ValueError(f"the classifier has no layer named {', '.join(missing)}")
+    recorded: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            if _innermost_recording.get() is recorded:
+                recorded[name] = output
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
+    token = _innermost_recording.set(recorded)
+    try:
+        logits = classifier(x)
+    finally:
+        _innermost_recording.reset(token)
+        for handle in handles:
+            handle.remove()
+    if missing := [name for name in layers if name not in recorded]:
+        raise ValueError(f"the classifier's forward did not run {', '.join(missing)}")
+    return logits, [recorded[name] for name in layers]
+
+
+# ------------------------------------------------------------------------------------------------- published weights
+
+
+def load_published_classifier(path, num_classes: int, mean=None, std=None, trust_pickle: bool = False) -> WideResNet:
+    """A classifier from a file of published weights, recognised by its content, whatever its name.
+
+    Understands Wang et al. 2023 (`model_state_dict`: the averaged weights), Cui et al. 2023, RobustBench's copies and
+    the CARSO authors' safetensors; depth, width and channels are read off the tensors. The result is in eval mode.
+
+    Args:
+        mean, std: the normalisation of the data it was trained on. Default: the file's own if it holds one, else that
+            of the paper's data set with this number of classes.
+        trust_pickle: open an old checkpoint that holds more than plain tensors. This runs code from the file.
+    Raises:
+        ValueError: with one sentence on what is wrong: a web page, no checkpoint, a state dict that does not fit.
+    """
+    weights = _strip_wrapping(read_tensors(path, trust_pickle))
+    buffers = {name: weights.pop(name) for name in ("mean", "std", "mu", "sigma") if name in weights}
+    if mean is None:
+        known = PUBLISHED_NORMALISATION.get(num_classes)
+        mean = buffers.get("mean", buffers.get("mu", known and known[0]))
+        std = buffers.get("std", buffers.get("sigma", known and known[1]))
+    if mean is None or std is None:
+        raise ValueError(f"{path} holds no mean and std, and {num_classes} classes name none: pass mean= and std=")
+
+    stem, blocks = weights.get("init_conv.weight"), 0
+    first = weights.get("layer.0.block.0.conv_0.weight")
+    while f"layer.0.block.{blocks}.conv_0.weight" in weights:
+        blocks += 1
+    if stem is None or first is None:
+        raise ValueError(f"{path} is not one of the public WideResNets; its first keys are {list(weights)[:4]}")
+    classifier = WideResNet(num_classes, 6 * blocks + 4, first.shape[0] // 16, stem.shape[1], mean, std)
+    load_state(classifier, weights, path)
+    return classifier.eval()
+
+
+def read_tensors(path, trust_pickle: bool = False) -> dict:
+    """The contents of a .safetensors or a torch checkpoint, told apart by their first bytes, on the CPU."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head.lstrip()[:1] == b"<" or b"<html" in head.lower():
+        raise ValueError(f"{path} is a web page, not a checkpoint: the download went wrong; fetch it again")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a file it does not know
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise ValueError(
+                f"{path} holds more than tensors; opening it would run code from the file. If you trust its source, "
+                "say so with --trust-pickle"
+            ) from None
+        raise ValueError(f"{path} is not a checkpoint that PyTorch can open; is the file whole?") from None
+
+
+def load_state(module: nn.Module, weights: dict, path) -> None:
+    """`load_state_dict`, with an error that lists what is missing, unexpected, or of another shape."""
+    own = module.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}  # not used at inference; often left out
+    problems = {
+        "missing": [name for name in own if name not in weights and name not in counters],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ],
+    }
+    if any(problems.values()):
+        text = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for kind, names in problems.items()
+            if names
+        )
+        raise ValueError(f"the weights in {path} do not fit ({text})")
+    module.load_state_dict(weights, strict=not counters - set(weights))
+
+
+def _strip_wrapping(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """Down to {public name: tensor}: unwrap nested dicts, drop prefixes and the left-overs of other training codes."""
+    while isinstance(checkpoint, dict):
+        inner = [key for key in ("model_state_dict", "state_dict", "model") if isinstance(checkpoint.get(key), dict)]
+        if not inner:
+            break
+        checkpoint = checkpoint[inner[0]]
+    if not isinstance(checkpoint, dict):
+        return {}
+    weights = {}
+    for name, tensor in checkpoint.items():
+        while name.startswith(("module.", "model.", "0.")):
+            name = name.split(".", 1)[1]
+        if isinstance(tensor, torch.Tensor) and "sub_block" not in name and name != "n_averaged":
+            weights[name] = tensor
+    return weights

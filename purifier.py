@@ -1,0 +1,329 @@
+"""The purifier, a conditional variational autoencoder, and CARSO, the assembled defence.
+
+                      +-------------------- the classifier's representation of x ----------------------+
+                      |                                                                                |
+    x --- image code -+-> joint encoder -> mu, logvar -> z ---- training ------+                       |
+                                                                               +-> decoder(z, condition)
+                                          z ~ N(0, 1), S draws --- inference --+        -> clean reconstructions
+
+Training (paper, section 4.1): the encoder and the classifier see the *perturbed* picture; the target is the clean one.
+Inference: S draws of z from the prior, S reconstructions, the same classifier labels each, `aggregate` makes one
+answer.
+
+Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D condition; a representation is a list of
+(B, c_i, h_i, w_i).
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aggregate import robust_logits
+from models import WideResNet, load_state, read_tensors, record
+
+# ---------------------------------------------------------------------------------------------------------- blocks
+
+
+def conv_block(in_channels: int, out_channels: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, padding, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.LeakyReLU(0.2),
+    )
+
+
+def fc_block(in_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(in_features, out_features, bias=False), nn.BatchNorm1d(out_features), nn.LeakyReLU(0.2)
+    )
+
+
+def deconv_block(in_channels: int, out_channels: int, output_padding: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(in_channels, out_channels, 3, 2, 1, output_padding, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.LeakyReLU(0.2),
+    )
+
+
+def layer_encoder(channels: int, convolutions: int) -> nn.Sequential:
+    """One tapped layer's CNN (tables 6 and 7): c -> c/2 -> c/4 -> c/8 (-> c/16), rounded up, 3x3, no padding."""
+    widths = [-(-channels // 2**i) for i in range(convolutions + 1)]
+    return nn.Sequential(*(conv_block(a, b) for a, b in zip(widths, widths[1:])))
+
+
+# The two geometries of the paper, by image size:
+# (convolutions a tapped layer, side of the decoder's first map, output padding of its deconvolutions, last kernel)
+GEOMETRY = {
+    32: (3, 3, 0, 2),  # 3 -> 5 -> 9 -> 17 -> 33 -> 32 pixels (tables 6 and 10)
+    64: (4, 4, 1, 3),  # 4 -> 8 -> 16 -> 32 -> 64 -> 64 pixels (tables 7 and 11)
+}
+
+
+# -------------------------------------------------------------------------------------------- the conditional VAE
+
+
+class Purifier(nn.Module):
+    """Conditional VAE that reconstructs a clean picture from the classifier's representation of a perturbed one.
+
+    Args:
+        representation_shapes: [(c_i, h_i, w_i)] of the tapped layers.
+        image_shape: (C, H, W), H = W = 32 or 64.
+        condition_dim, latent_dim: D and Z (paper: 512 and 128; 768 and 192 for 64 px).
+        mean, std: of the training data; the image encoder standardises its input (paper, appendix E.1).
+        image_widths: channels of the image encoder (table 4).
+        decoder_width: channels of the decoder's first map; they halve three times (tables 10 and 11).
+    """
+
+    def __init__(
+        self,
+        representation_shapes,
+        image_shape,
+        condition_dim: int,
+        latent_dim: int,
+        mean,
+        std,
+        image_widths=(6, 12),
+        decoder_width: int = 256,
+    ):
+        super().__init__()
+        representation_shapes = [tuple(int(n) for n in shape) for shape in representation_shapes]
+        channels, height, width = image_shape
+        if height != width or height not in GEOMETRY:
+            raise ValueError(f"the purifier's pictures are 32x32 or 64x64, not {height}x{width}")
+        mean, std = (tuple(np.ravel(m).astype(float).tolist()) for m in (mean, std))
+        self.config = dict(
+            representation_shapes=representation_shapes,
+            image_shape=tuple(image_shape),
+            condition_dim=condition_dim,
+            latent_dim=latent_dim,
+            mean=mean,
+            std=std,
+            image_widths=tuple(image_widths),
+            decoder_width=decoder_width,
+        )
+        convolutions, side, output_padding, last_kernel = GEOMETRY[height]
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+        # Condition: a CNN for each tapped layer, then one FC block over all of them (tables 6 to 8).
+        self.layer_encoders = nn.ModuleList(layer_encoder(c, convolutions) for c, _, _ in representation_shapes)
+        # A 3x3 convolution without padding takes 2 pixels from each side length.
+        code_size = sum(
+            -(-c // 2**convolutions) * (h - 2 * convolutions) * (w - 2 * convolutions)
+            for c, h, w in representation_shapes
+        )
+        self.condition_head = fc_block(code_size, condition_dim)
+
+        # Encoder: image code, joined with the condition (tables 4 and 9).
+        a, b = image_widths
+        self.image_encoder = nn.Sequential(
+            conv_block(channels, a, stride=2, padding=1), conv_block(a, b, stride=2, padding=1)
+        )
+        self.joint_head = fc_block(b * (height // 4) * (width // 4) + condition_dim, latent_dim)
+        self.to_mu = nn.Linear(latent_dim, latent_dim)
+        self.to_logvar = nn.Linear(latent_dim, latent_dim)
+
+        # Decoder (tables 10 and 11).
+        w = decoder_width
+        self.decoder = nn.Sequential(
+            nn.Sequential(
+                nn.Linear(latent_dim + condition_dim, w * side * side),
+                nn.LeakyReLU(0.2),
+                nn.Unflatten(1, (w, side, side)),
+            ),
+            deconv_block(w, w, output_padding),
+            deconv_block(w, w // 2, output_padding),
+            deconv_block(w // 2, w // 4, output_padding),
+            deconv_block(w // 4, w // 8, output_padding),
+            nn.ConvTranspose2d(w // 8, channels, last_kernel, stride=1, padding=1),
+            nn.Sigmoid(),
+        )
+
+    def condition(self, representation: list[torch.Tensor]) -> torch.Tensor:
+        """List of (B, c_i, h_i, w_i) -> (B, D)."""
+        codes = [encoder(layer).flatten(1) for encoder, layer in zip(self.layer_encoders, representation, strict=True)]
+        return self.condition_head(torch.cat(codes, dim=1))
+
+    def encode(self, x: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, H, W) in [0, 1], (B, D) -> mu, logvar of z given both, each (B, Z)."""
+        image_code = self.image_encoder((x - self.mean) / self.std).flatten(1)
+        joint = self.joint_head(torch.cat([image_code, condition], dim=1))
+        return self.to_mu(joint), self.to_logvar(joint)
+
+    def decode(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """(B, Z), (B, D) -> reconstruction (B, C, H, W) in (0, 1)."""
+        return self.decoder(torch.cat([z, condition], dim=1))
+
+    def forward(self, x: torch.Tensor, representation: list[torch.Tensor], noise: torch.Tensor | None = None):
+        """The training pass: perturbed pictures and the classifier's representation of them -> reconstruction, mu,
+        logvar.
+
+        noise: the standard normal draw of the reparameterisation, (B, Z); torch's global generator draws it when
+        None."""
+        condition = self.condition(representation)
+        mu, logvar = self.encode(x, condition)
+        noise = torch.randn_like(mu) if noise is None else noise
+        z = mu + noise * torch.exp(0.5 * logvar)
+        return self.decode(z, condition), mu, logvar
+
+
+def vae_loss(reconstruction, clean, mu, logvar, beta: float):
+    """bce + beta * kld, each summed over pixels, channels and the batch (paper, section 5.1).
+
+    bce: binary cross-entropy of the reconstruction against the clean picture, both (B, C, H, W) in [0, 1].
+    kld: KL divergence of N(mu, exp(logvar)) from the standard normal, mu and logvar (B, Z).
+    Returns three scalars (loss, bce, kld)."""
+    bce = F.binary_cross_entropy(reconstruction, clean, reduction="sum")
+    kld = 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum()
+    return bce + beta * kld, bce, kld
+
+
+# --------------------------------------------------------------------------------------------- the whole defence
+
+
+class CARSO(nn.Module):
+    """A frozen classifier, its purifier, and the aggregation: pictures (B, C, H, W) in [0, 1] -> logits (B, K).
+
+    Differentiable in x from end to end. The classifier is held, not copied; its parameters are frozen (requires_grad
+    False) and it stays in eval mode whatever `train()` says. The latent draws come from a generator of CARSO's own, so
+    that seeding the global one, as AutoAttack does, never makes the defence repeat itself; see `manual_seed`.
+
+    Args:
+        layers: names of the tapped layers, one for each of the purifier's representation_shapes.
+        samples: S, reconstructions a picture (paper: 8).
+    """
+
+    def __init__(self, classifier: nn.Module, purifier: Purifier, layers: list[str], samples: int = 8, seed: int = 0):
+        super().__init__()
+        if len(layers) != len(purifier.config["representation_shapes"]):
+            raise ValueError(
+                f"{len(layers)} layers for a purifier of {len(purifier.config['representation_shapes'])} layers"
+            )
+        if samples < 1:
+            raise ValueError(f"at least one reconstruction a picture is needed, not {samples}")
+        self.classifier = classifier.requires_grad_(False)
+        self.purifier = purifier
+        self.layers, self.samples = list(layers), samples
+        self.manual_seed(seed)
+        self.eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+    def manual_seed(self, seed: int) -> None:
+        """Restart the latent draws: equal seeds give equal draws, on different ranks different ones."""
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self._seed, self._generator = seed + 1_000_003 * rank, None
+
+    def draw(self, x: torch.Tensor, samples: int) -> torch.Tensor:
+        """z ~ N(0, I), (B, samples, Z), on x's device."""
+        if self._generator is None or self._generator.device != x.device:
+            self._generator = torch.Generator(x.device).manual_seed(self._seed)
+        shape = (len(x), samples, self.purifier.config["latent_dim"])
+        return torch.randn(shape, generator=self._generator, device=x.device, dtype=x.dtype)
+
+    def purify(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, C, H, W), z (B, S, Z) or None to draw it -> reconstructions (B, S, C, H, W).
+
+        The classifier and the condition encoder run once for each picture, however many members z asks for."""
+        _, representation = record(self.classifier, self.layers, x)
+        condition = self.purifier.condition(representation)  #                                (B, D)
+        z = self.draw(x, self.samples) if z is None else z  #                                 (B, S, Z)
+        members = z.shape[1]
+        condition = condition.repeat_interleave(members, dim=0)  #                            (B S, D)
+        reconstructions = self.purifier.decode(z.flatten(0, 1), condition)  #                 (B S, C, H, W)
+        return reconstructions.unflatten(0, (len(x), members))  #                             (B, S, C, H, W)
+
+    def member_logits(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        """The classifier's logits of each reconstruction, (B, S, K)."""
+        reconstructions = self.purify(x, z)
+        logits = self.classifier(reconstructions.flatten(0, 1))  #                            (B S, K)
+        return logits.unflatten(0, reconstructions.shape[:2])  #                              (B, S, K)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        """Aggregated logits (B, K): logsumexp over the members, the paper's decision (see aggregate.py)."""
+        return robust_logits(self.member_logits(x, z))
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def build_carso(classifier: WideResNet, layers: list[str], image_shape, samples: int = 8, **sizes) -> CARSO:
+    """CARSO with a fresh purifier that fits this classifier; `sizes` are Purifier's remaining arguments."""
+    picture = torch.zeros(1, *image_shape, device=classifier.mean.device)
+    was_training = classifier.training
+    with torch.no_grad():
+        _, representation = record(classifier.eval(), layers, picture)
+    classifier.train(was_training)
+    shapes = [layer.shape[1:] for layer in representation]
+    mean, std = classifier.config["mean"], classifier.config["std"]
+    return CARSO(classifier, Purifier(shapes, image_shape, mean=mean, std=std, **sizes), layers, samples)
+
+
+def write_atomically(path, write) -> None:
+    """write(temporary path), then rename: a file that exists is whole, and a failure leaves the previous one alone."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, carso: CARSO, **state) -> None:
+    """One file that needs nothing else: constructors' arguments, weights of classifier and purifier, and `state`, which
+    may hold only plain types and tensors (strings, numbers, lists, dicts)."""
+    content = {
+        "format": "carso-1",
+        "classifier": carso.classifier.config,
+        "classifier_weights": carso.classifier.state_dict(),
+        "purifier": carso.purifier.config,
+        "purifier_weights": carso.purifier.state_dict(),
+        "layers": carso.layers,
+        "samples": carso.samples,
+        "state": state,
+    }
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
+    """The defence that `save_checkpoint` wrote, in eval mode on `device`, and its `state`.
+
+    Opened with weights_only=True. Raises ValueError if the file is missing, broken, or of another format."""
+    content = read_tensors(path)
+    if not isinstance(content, dict) or content.get("format") != "carso-1":
+        raise ValueError(f"{path} is not a CARSO checkpoint (train.py writes one as runs/NAME/carso.pt)")
+    classifier = WideResNet(**content["classifier"])
+    load_state(classifier, content["classifier_weights"], path)
+    purifier = Purifier(**content["purifier"])
+    load_state(purifier, content["purifier_weights"], path)
+    return CARSO(classifier, purifier, content["layers"], content["samples"]).to(device), content["state"]
+
+
+def load_published_purifier(carso: CARSO, repr_compressors, repr_fcn_compressor, decoder) -> CARSO:
+    """Fill carso's purifier from the authors' three safetensors files and return carso.
+
+    They published what inference needs and not the encoder, which keeps its initial weights: such a purifier can be
+    evaluated, not trained further. Raises ValueError, naming the keys, when a file does not fit."""
+    p = carso.purifier
+    for module, path, renamed in (
+        (p.layer_encoders, repr_compressors, ("", "")),
+        (p.condition_head, repr_fcn_compressor, ("1.", "")),  # their block follows a flattening layer
+        (p.decoder, decoder, ("0.1.", "0.0.")),  #              their Linear follows a concatenation
+    ):
+        theirs, ours = renamed
+        weights = {
+            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
+            for name, tensor in read_tensors(path).items()
+        }
+        load_state(module, weights, path)
+    return carso.eval()

@@ -1,0 +1,125 @@
+"""The classifier and the recording hooks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TESTS, formula_classifier, golden, picture
+from torch.testing import assert_close
+
+from models import WideResNet, record, representation_layers
+
+
+@pytest.mark.parametrize("file, depth, width", [("wrn28_10", 28, 10), ("wrn10_2", 10, 2)])
+def test_state_dict_has_the_public_names_and_shapes(file, depth, width):
+    keys = json.loads((TESTS / f"keys_{file}_cifar.json").read_text())["classifier"]
+    with torch.device("meta"):
+        ours = WideResNet(10, depth, width).state_dict()
+    assert {name: list(tensor.shape) for name, tensor in ours.items()} == keys
+
+
+def test_parameter_counts_of_the_paper():
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in WideResNet(k).parameters()) for k in (10, 200)]
+    assert counts == [36_479_194, 36_600_984]
+
+
+def test_logits_of_wrn_10_2(wrn_10_2):
+    logits = wrn_10_2(picture("x", (8, 3, 32, 32))).detach()
+    assert_close(logits, torch.from_numpy(golden("classifier")["wrn10_2_logits"]), rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_wrn_28_10():
+    with torch.inference_mode():
+        logits = formula_classifier(28, 10)(picture("x", (4, 3, 32, 32)))
+    expected = golden("classifier")["wrn28_10_logits_float64"]
+    assert np.abs(logits.double().numpy() - expected).max() / np.abs(expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("depth, width, channels, size, classes", [(10, 1, 1, 32, 7), (16, 1, 3, 64, 200)])
+def test_other_sizes(depth, width, channels, size, classes):
+    network = WideResNet(classes, depth, width, channels)
+    assert network(torch.rand(2, channels, size, size)).shape == (2, classes)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(depth=27), dict(mean=(0.5,), std=(0.5,)), dict(in_channels=1, mean=(1, 2), std=(1, 2))]
+)
+def test_wrong_arguments_are_refused(wrong):
+    with pytest.raises(ValueError):
+        WideResNet(10, **wrong)
+
+
+def test_wrong_channel_count_is_refused(wrn_10_2):
+    with pytest.raises(ValueError, match="expected pictures"):
+        wrn_10_2(torch.rand(2, 1, 32, 32))
+
+
+# ------------------------------------------------------------------------------------------------ the representation
+
+
+def test_the_26_layers_of_the_paper():
+    layers = representation_layers(28)
+    assert len(layers) == 26
+    with torch.device("meta"):
+        _, representation = record(WideResNet(10).eval(), layers, torch.zeros(1, 3, 32, 32))
+    shapes = [tuple(layer.shape[1:]) for layer in representation]
+    assert shapes == 8 * [(160, 32, 32)] + 9 * [(320, 16, 16)] + 9 * [(640, 8, 8)]
+
+
+def test_representation_equals_the_reference(wrn_10_2):
+    want = golden("purifier")
+    layers = representation_layers(10)
+    assert layers == want["repr_names"].tolist()
+    with torch.no_grad():
+        logits, representation = record(wrn_10_2, layers, picture("x", (8, 3, 32, 32)))
+    assert_close(logits, torch.from_numpy(want["logits"]), rtol=1e-4, atol=1e-5)
+    assert [list(layer.shape[1:]) for layer in representation] == want["repr_shapes"].tolist()
+    np.testing.assert_allclose([layer.mean() for layer in representation], want["repr_means"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose([layer.std() for layer in representation], want["repr_stds"], rtol=1e-4)
+
+
+def hook_count(module):
+    return sum(len(m._forward_hooks) for m in module.modules())
+
+
+def test_recording_is_differentiable_and_follows_no_grad(wrn_10_2):
+    x = picture("x", (2, 3, 32, 32)).requires_grad_()
+    for layer in record(wrn_10_2, representation_layers(10), x)[1]:
+        (gradient,) = torch.autograd.grad(layer.sum(), x, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    with torch.no_grad():
+        assert not any(layer.requires_grad for layer in record(wrn_10_2, representation_layers(10), x)[1])
+
+
+def test_hooks_are_removed_after_success_and_after_an_exception(wrn_10_2):
+    layers = representation_layers(10)
+    record(wrn_10_2, layers, picture("x", (2, 3, 32, 32)))
+    assert hook_count(wrn_10_2) == 0
+    with pytest.raises(ValueError):
+        record(wrn_10_2, layers, torch.rand(2, 1, 32, 32))
+    assert hook_count(wrn_10_2) == 0
+    with pytest.raises(ValueError, match="no layer named layer.9"):
+        record(wrn_10_2, [*layers, "layer.9"], picture("x", (2, 3, 32, 32)))
+    assert hook_count(wrn_10_2) == 0
+
+
+def test_recording_twice_and_nested_keeps_each_to_its_own(wrn_10_2):
+    """A recording started from inside a forward that is itself being recorded disturbs neither."""
+    layers, inner = representation_layers(10), {}
+    x, other = picture("x", (2, 3, 32, 32)), picture("other", (1, 3, 32, 32))
+    alone, other_alone = record(wrn_10_2, layers, x)[1], record(wrn_10_2, layers, other)[1]
+
+    def start_another(module, inputs, output):
+        if not inner:
+            inner["running"] = True
+            inner["representation"] = record(wrn_10_2, layers, other)[1]
+
+    handle = wrn_10_2.get_submodule(layers[3]).register_forward_hook(start_another)
+    try:
+        outer = record(wrn_10_2, layers, x)[1]
+    finally:
+        handle.remove()
+    for a, b in zip(outer + inner["representation"], alone + other_alone, strict=True):
+        assert_close(a, b, rtol=0, atol=0)
