@@ -5,10 +5,20 @@ at most eps away from x in every pixel (l-infinity), and in [0, 1]. Gradients ar
 the model's parameters never receive any, and its mode (train or eval) is left as it is.
 """
 
+import argparse
 from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
+
+
+def parse_number(text: str) -> float:
+    """'8/255' or '0.03', as people write eps. Raises ArgumentTypeError, which argparse turns into a sentence."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number such as 8/255 or 0.03") from None
+
 
 # ------------------------------------------------------------------------------------------ losses, one per picture
 
@@ -35,23 +45,31 @@ LOSSES = {"ce": cross_entropy, "dlr": dlr}
 # --------------------------------------------------------------------------------------------------- FGSM and PGD
 
 
-def input_gradient(model, x: torch.Tensor, y: torch.Tensor, loss: str = "ce", eot: int = 1) -> torch.Tensor:
-    """d loss / d x, (B, C, H, W), averaged over `eot` evaluations of a stochastic model (Athalye et al. 2018)."""
-    gradient = torch.zeros_like(x)
-    for _ in range(eot):
-        x = x.detach().requires_grad_()
-        gradient += torch.autograd.grad(LOSSES[loss](model(x), y).sum(), x)[0]
-    return gradient / eot
+def objective(model, y: torch.Tensor, loss: str = "ce", eot: int = 1):
+    """What an attack climbs: a function from pictures (B, C, H, W) to each picture's loss (B,) and the gradient of it
+    (B, C, H, W), averaged over `eot` evaluations of a stochastic model (EoT, Athalye et al. 2018)."""
+
+    def losses_and_gradient(x):
+        losses, gradient = 0.0, 0.0
+        for _ in range(eot):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                values = LOSSES[loss](model(x), y)
+                gradient = gradient + torch.autograd.grad(values.sum(), x)[0] / eot
+            losses = losses + values.detach() / eot
+        return losses, gradient
+
+    return losses_and_gradient
 
 
-def ascend(model, x, y, start, eps, steps, step_size, eot=1, loss="ce") -> torch.Tensor:
+def ascend(objective, x, start, eps, steps, step_size) -> torch.Tensor:
     """`steps` signed gradient steps from `start`, each projected on the eps-ball around x and on [0, 1].
 
     eps and step_size are numbers, or tensors that broadcast to x, so that each picture can have its own."""
     adversarial = start.detach()
     for _ in range(steps):
-        step = step_size * input_gradient(model, adversarial, y, loss, eot).sign()
-        adversarial = project(adversarial + step, x, eps)
+        _, gradient = objective(adversarial)
+        adversarial = project(adversarial + step_size * gradient.sign(), x, eps)
     return adversarial
 
 
@@ -65,7 +83,7 @@ def fgsm(model, x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
 
     Args: x (B, C, H, W) in [0, 1], y (B,), eps in pixels (8/255). Raises ValueError for pixels outside [0, 1]."""
     _check(x, eps)
-    return ascend(model, x, y, x, eps, steps=1, step_size=eps)
+    return ascend(objective(model, y), x, x, eps, steps=1, step_size=eps)
 
 
 def pgd(model, x, y, eps, steps, step_size, random_start=True, eot=1, loss="ce", noise=None) -> torch.Tensor:
@@ -85,7 +103,7 @@ def pgd(model, x, y, eps, steps, step_size, random_start=True, eot=1, loss="ce",
     if random_start:
         noise = torch.empty_like(x).uniform_(-1, 1) if noise is None else noise
         start = project(x + eps * noise, x, eps)
-    return ascend(model, x, y, start, eps, steps, step_size, eot, loss)
+    return ascend(objective(model, y, loss, eot), x, start, eps, steps, step_size)
 
 
 def _check(x: torch.Tensor, eps: float) -> None:
@@ -96,6 +114,52 @@ def _check(x: torch.Tensor, eps: float) -> None:
             f"pictures must have their pixels in [0, 1]; these lie in [{x.min():.3g}, {x.max():.3g}]. Normalisation "
             "belongs inside the model"
         )
+
+
+# ------------------------------------------------------------------------------------------------------------ APGD
+
+
+def apgd(objective, x: torch.Tensor, eps: float, steps: int, start: torch.Tensor):
+    """Auto-PGD (Croce and Hein 2020): momentum, and a step size that starts at 2 eps and is halved for each picture
+    whose loss has stopped growing, which then restarts from its best point. There is nothing to tune.
+
+    Unlike AutoAttack's own, it follows whatever average the objective makes over the draws of a stochastic model,
+    instead of the last draw's loss; it never stops at a lucky draw; and where a gradient is not finite it stays where
+    it is.
+
+    Args: objective: pictures -> losses (B,), gradient (B, C, H, W). start: a point of the eps-ball around x.
+    Returns: for each picture the point of the largest loss seen, and that loss.
+    """
+    window, shortest, shorter = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    column = (-1, 1, 1, 1)
+    current = previous = best = start.detach()
+    loss, gradient = objective(current)
+    best_loss, best_gradient = loss.nan_to_num(nan=-torch.inf), gradient.clone()
+    step_size = torch.full_like(loss, 2 * eps)
+    rises, since = torch.zeros_like(loss), 0  # steps that raised the loss since the last check, steps since then
+    halved, loss_at_check = torch.ones_like(loss, dtype=torch.bool), loss.clone()
+    for i in range(steps):
+        stride = project(current + step_size.view(column) * gradient.nan_to_num().sign(), x, eps)
+        momentum = 0.75 if i > 0 else 1.0
+        moved = project(current + momentum * (stride - current) + (1 - momentum) * (current - previous), x, eps)
+        previous, current = current, moved
+        last_loss = loss
+        loss, gradient = objective(current)
+        rises += (loss > last_loss).float()
+        better = loss > best_loss
+        best = torch.where(better.view(column), current, best)
+        best_gradient = torch.where(better.view(column), gradient, best_gradient)
+        best_loss = torch.where(better, loss, best_loss)
+        since += 1
+        if since == window:
+            stuck = (rises <= 0.75 * window) | (~halved & (best_loss <= loss_at_check))
+            step_size = torch.where(stuck, step_size / 2, step_size)
+            current = torch.where(stuck.view(column), best, current)
+            gradient = torch.where(stuck.view(column), best_gradient, gradient)
+            loss = torch.where(stuck, best_loss, loss)
+            halved, loss_at_check, rises, since = stuck, best_loss.clone(), torch.zeros_like(loss), 0
+            window = max(window - shorter, shortest)
+    return best, best_loss
 
 
 # ------------------------------------------------------------------------------- the adversarially-balanced batch
@@ -153,10 +217,9 @@ def adversarially_balanced_batch(
     start = torch.where(is_pgd, project(clean + radius * noise, clean, radius), clean)
     stride = torch.where(is_pgd, step_size, radius)
 
-    adversarial = ascend(classifier, clean, y, start, radius, 1, stride)
-    pgd_rows = (kinds < 2).nonzero().squeeze(1)
-    if len(pgd_rows) and steps > 1:  # FGSM is done after its first step
-        adversarial[pgd_rows] = ascend(
-            classifier, clean[pgd_rows], y[pgd_rows], adversarial[pgd_rows], radius[pgd_rows], steps - 1, step_size
-        )
+    adversarial = ascend(objective(classifier, y), clean, start, radius, 1, stride)
+    i = (kinds < 2).nonzero().squeeze(1)
+    if len(i) and steps > 1:  # FGSM is done after its first step
+        climb = objective(classifier, y[i])
+        adversarial[i] = ascend(climb, clean[i], adversarial[i], radius[i], steps - 1, step_size)
     return x.index_copy(0, rows, adversarial)

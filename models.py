@@ -10,6 +10,8 @@ Shapes: B batch, C, H, W image, K classes. A representation is a list of tensors
     logits, representation = record(classifier, representation_layers(28), x)
 """
 
+import contextlib
+import ctypes
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -111,6 +113,9 @@ class WideResNet(nn.Module):
         )
         self.batchnorm = nn.BatchNorm2d(widths[3], momentum=0.01)
         self.logits = nn.Linear(widths[3], num_classes)
+        # Channels-last is the layout that fast convolutions want. The first convolution stays as it is, so that
+        # pictures' gradients are contiguous: AutoAttack and others call view() on them.
+        self.layer.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], (B, C, H, W) -> logits (B, K)."""
@@ -175,6 +180,15 @@ def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[t
     if missing := [name for name in layers if name not in recorded]:
         raise ValueError(f"the classifier's forward did not run {', '.join(missing)}")
     return logits, [recorded[name] for name in layers]
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks instead of returning them to the kernel after every layer: 1.4 times as fast on
+    a CPU (measured; see README). Call it once at the start of a script; does nothing where there is no glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
 
 
 # ------------------------------------------------------------------------------------------------- published weights

@@ -14,6 +14,7 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 (B, c_i, h_i, w_i).
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -277,6 +278,18 @@ def write_atomically(path, write) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_config(path: Path, config: dict, option: str) -> None:
+    """A folder holds one configuration: write it to path, or compare. Raises ValueError with the fields that differ,
+    and the option that chooses another folder."""
+    if not path.is_file():
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
+        return
+    old = json.loads(path.read_text())
+    differ = [f"{k}: {old.get(k)} there, {config.get(k)} now" for k in config | old if old.get(k) != config.get(k)]
+    if differ:
+        raise ValueError(f"{path.parent} holds other settings ({'; '.join(differ)}); choose another {option}")
 
 
 def save_checkpoint(path, carso: CARSO, **state) -> None:

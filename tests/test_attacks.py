@@ -8,7 +8,7 @@ from conftest import golden, picture
 from torch import nn
 from torch.testing import assert_close
 
-from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, dlr, fgsm, input_gradient, pgd
+from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, dlr, fgsm, objective, pgd
 
 EPS = 8 / 255
 
@@ -103,7 +103,7 @@ def test_eot_averages_gradients_over_draws():
         lead = x.clone().requires_grad_()
         loss = F.cross_entropy(lead.flatten(1) @ (Linear().weight * scale).T, y, reduction="sum")
         plain.append(torch.autograd.grad(loss, lead)[0])
-    assert_close(input_gradient(Noisy(), x, y, eot=4), torch.stack(plain).mean(0))
+    assert_close(objective(Noisy(), y, eot=4)(x)[1], torch.stack(plain).mean(0))
 
 
 def test_dlr_is_the_published_formula():

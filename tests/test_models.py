@@ -56,6 +56,14 @@ def test_wrong_channel_count_is_refused(wrn_10_2):
         wrn_10_2(torch.rand(2, 1, 32, 32))
 
 
+def test_gradients_of_pictures_are_contiguous(wrn_10_2):
+    """AutoAttack calls view() on them; the layers inside are channels-last."""
+    x = picture("x", (2, 3, 32, 32)).requires_grad_()
+    logits, representation = record(wrn_10_2, representation_layers(10), x)
+    assert representation[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.autograd.grad(logits.sum(), x)[0].is_contiguous()
+
+
 # ------------------------------------------------------------------------------------------------ the representation
 
 

@@ -1,0 +1,218 @@
+"""Schedules and Lookahead against the reference, and the real script on tiny budgets: complete, killed, resumed, on two
+processes, and with wrong input."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, golden, uniform
+from torch import nn
+from torch.testing import assert_close
+
+from attacks import adversarially_balanced_batch
+from models import WideResNet, record, representation_layers
+from purifier import build_carso, load_checkpoint, vae_loss
+from train import PRESETS, Lookahead, kl_weight, learning_rate, refresh_batchnorm
+
+# ------------------------------------------------------------------------------------------------------ small pieces
+
+
+@pytest.mark.parametrize("scenario, preset", [("a", "cifar10"), ("b", "cifar100"), ("c", "tinyimagenet")])
+def test_schedules_equal_the_reference(scenario, preset):
+    p, want = PRESETS[preset], golden("optimizer")
+    np.testing.assert_allclose([learning_rate(e, p) for e in range(p.epochs)], want[f"lr_{scenario}"], rtol=1e-6)
+    np.testing.assert_allclose([kl_weight(e, p) for e in range(p.epochs)], want[f"beta_{scenario}"], atol=1e-9)
+
+
+def test_radam_in_lookahead_equals_the_reference():
+    want = golden("optimizer")
+    shapes = [(4, 3), (5,)]
+    weights = [nn.Parameter(torch.tensor(uniform(f"p{i}", s), dtype=torch.float32)) for i, s in enumerate(shapes)]
+    lookahead = Lookahead(torch.optim.RAdam(weights, lr=0.01), k=6, alpha=0.8)
+    for t in range(20):
+        for i, w in enumerate(weights):
+            w.grad = torch.tensor(2 * uniform(f"g{i}_{t}", w.shape) - 1, dtype=torch.float32)
+        lookahead.step()
+        now = torch.cat([w.detach().flatten() for w in weights]).numpy()
+        np.testing.assert_allclose(now, want["radam_lookahead_fast"][t], rtol=1e-5, atol=1e-6)
+    lookahead.finish()
+    slow = torch.cat([w.detach().flatten() for w in weights]).numpy()
+    np.testing.assert_allclose(slow, want["radam_lookahead_slow_at_20"], rtol=1e-5, atol=1e-6)
+
+
+def test_presets_are_the_papers_table_14():
+    a, b, c = PRESETS["cifar10"], PRESETS["cifar100"], PRESETS["tinyimagenet"]
+    assert [p.epochs for p in (a, b, c)] == [200, 200, 250]
+    assert [p.batch_size for p in (a, b, c)] == [8 * 640, 4 * 640, 8 * 128]
+    assert [p.fraction for p in (a, b, c)] == [0.5, 0.15, 0.01]
+    assert [(p.condition_dim, p.latent_dim) for p in (a, b, c)] == [(512, 128), (512, 128), (768, 192)]
+    assert all((p.depth, p.width, p.samples, p.eps) == (28, 10, 8, 8 / 255) for p in (a, b, c))
+    assert all((p.attack_steps, p.attack_step_size) == (40, 0.01) for p in (a, b, c))
+
+
+def test_refreshed_batchnorm_has_the_statistics_of_the_data():
+    network = nn.Sequential(nn.BatchNorm1d(3))
+    network[0].running_mean.fill_(100)
+    parts = torch.randn(4, 25, 3) * 2 + 5
+    refresh_batchnorm(network, lambda: [network(part) for part in parts])
+    assert_close(network[0].running_mean, parts.mean((0, 1)))
+    assert_close(network[0].running_var, torch.stack([part.var(0) for part in parts]).mean(0))
+    assert network[0].momentum == 0.1
+
+
+# -------------------------------------------------------------------------------------------------- the real script
+
+TINY = (
+    "--preset digits --epochs 3 --batch-size 9 --classifier-epochs 1 --classifier-batch-size 24 --attack-steps 2 "
+    "--classifier-attack-steps 1 --condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2 --device cpu"
+).split()
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(folder, *options, ranks=1, script="train.py"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return dict(
+        args=[sys.executable, *launcher, str(ROOT / script), *map(str, options)],
+        cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def run(folder, *options, code=0, **how) -> str:
+    done = subprocess.run(**command(folder, *options, **how), timeout=200)
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny data set, and one complete run on it, named whole."""
+    folder = tmp_path_factory.mktemp("train")
+    rng = np.random.default_rng(0)
+    labels = np.arange(72) % 3
+    images = (40 * labels[:, None, None, None] + rng.integers(0, 60, (72, 32, 32, 1))).astype(np.uint8)
+    np.savez(
+        folder / "tiny.npz", train_images=images, train_labels=labels, test_images=images[:12], test_labels=labels[:12]
+    )
+    run(folder, "--dataset", "tiny.npz", "--name", "whole", *TINY)
+    return folder
+
+
+def same_weights(folder, one, other, **tolerance):
+    a, b = (load_checkpoint(folder / "runs" / name / "carso.pt")[0].state_dict() for name in (one, other))
+    assert a.keys() == b.keys()
+    for key in a:
+        assert_close(a[key], b[key], **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_run_leaves_what_it_promises(folder):
+    whole = folder / "runs" / "whole"
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"carso.pt", "classifier.pt", "config.json", "log.tsv", "log-classifier.tsv", "reconstructions.png"}
+    log = (whole / "log.tsv").read_text().splitlines()
+    assert log[0].split("\t") == ["epoch", "loss", "bce", "kld"] and len(log) == 4
+    carso, state = load_checkpoint(whole / "carso.pt")
+    assert state["dataset"] == "tiny.npz" and carso.samples == 2
+    again = run(folder, "--dataset", "tiny.npz", "--name", "whole", *TINY)
+    assert "is complete" in again
+
+
+def test_log_holds_means_over_the_epoch(folder):
+    """bce of a picture of 1024 pixels is a few hundred, whatever the batch size; the loss joins it with the KL
+    weight."""
+    rows = np.loadtxt(folder / "runs" / "whole" / "log.tsv", skiprows=1)
+    assert ((rows[:, 2] > 100) & (rows[:, 2] < 1500)).all()
+    p = PRESETS["digits"]
+    assert p.epochs == 24
+    assert rows[0, 1] == pytest.approx(rows[0, 2])  # KL weight 0 in the first epoch
+
+
+def test_two_processes_give_the_weights_of_one(folder):
+    """The same numbers up to the order of summation. (With a tiny eps: the sign of a gradient turns a rounding into a
+    step of full length, so that a real attack's pictures differ in a few pixels. RAdam's first five steps follow the
+    bare
+    gradient: with a start rate that makes them count, its scale matters too.)"""
+    options = ("--dataset", "tiny.npz", *TINY, "--eps", "0.00001", "--epochs", "2")
+    options += ("--learning-rate", "1e-3", "--learning-rate-start", "3e-7")
+    run(folder, *options, "--name", "one")
+    output = run(folder, *options, "--name", "two", ranks=2)
+    assert "--batch-size 9 over 2 processes" in output
+    same_weights(folder, "one", "two", rtol=1e-3, atol=1e-3)
+    one, two = (np.loadtxt(folder / "runs" / name / "log.tsv", skiprows=1) for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "stage, how", [("classifier", signal.SIGTERM), ("purifier", signal.SIGINT), ("purifier", signal.SIGKILL)]
+)
+def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stage, how):
+    name = f"{stage}-{how.name}"
+    options = ("--dataset", "tiny.npz", "--name", name, *TINY, "--save-every", "0")
+    process = subprocess.Popen(**command(folder, *options))
+    checkpoint = folder / "runs" / name / f"{stage}.resume.pt"
+    while not checkpoint.is_file() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(how)
+    output = process.communicate(timeout=100)[0]
+    if how != signal.SIGKILL:
+        assert process.returncode == 130 and "the same command goes on" in output, output
+    assert not (folder / "runs" / name / "carso.pt").exists(), "killed too late to test anything"
+    output = run(folder, *options)
+    assert re.search(rf"{stage}: going on at epoch \d+, step \d+", output), output
+    same_weights(folder, "whole", name, rtol=0, atol=0)
+    logs = [(folder / "runs" / n / "log.tsv").read_text() for n in ("whole", name)]
+    assert logs[0] == logs[1]
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder):
+    output = run(folder, "--dataset", "tiny.npz", "--name", "whole", *TINY, "--eps", "1/4", code=2)
+    assert "eps: 0.2 there, 0.25 now" in output and "--name" in output
+
+
+def test_a_classifier_from_a_file(folder):
+    weights = folder / "runs" / "whole" / "classifier.pt"
+    output = run(folder, "--dataset", "tiny.npz", "--name", "given", "--classifier", weights, *TINY)
+    assert "clean accuracy" in output
+    same_weights(folder, "whole", "given", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--dataset", "cifar11"], "no data set cifar11"),
+        (["--dataset", "nowhere.npz"], "no file nowhere.npz"),
+        (["--eps", "8"], "write 8/255"),
+        (["--eps", "eight"], "'eight' is not a number such as 8/255"),
+        (["--fraction", "1.5"], "not a share between 0 and 1"),
+        (["--batch-size", "1"], "leaves a batch of 1"),
+        (["--epochs", "0"], "must be 1 or more"),
+        (["--classifier", "nothing.pt"], "no file nothing.pt"),
+        (["--depth", "11"], "6n \\+ 4"),
+    ],
+)  # fmt: skip
+def test_wrong_input_gets_a_sentence(tmp_path, options, sentence):
+    output = run(tmp_path, *options, code=2)
+    assert re.search(sentence, output) and "Traceback" not in output
+
+
+def test_one_step_of_the_full_cifar10_preset():
+    """WRN-28-10 and the purifier of 106 million parameters: attack, representation, forward, backward."""
+    p = PRESETS["cifar10"]
+    layers, sizes = representation_layers(p.depth), dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim)
+    carso = build_carso(WideResNet(10, p.depth, p.width), layers, (3, 32, 32), p.samples, **sizes)
+    clean, y = torch.rand(2, 3, 32, 32), torch.tensor([3, 5])
+    perturbed = adversarially_balanced_batch(carso.classifier, clean, y, p.eps, p.fraction, steps=1)
+    with torch.no_grad():
+        _, representation = record(carso.classifier, carso.layers, perturbed)
+    carso.train()
+    reconstruction, mu, logvar = carso.purifier(perturbed, representation)
+    loss, bce, _ = vae_loss(reconstruction, clean, mu, logvar, beta=0.5)
+    loss.backward()
+    assert 0.3 < bce.item() / clean.numel() < 1.5  # an untrained reconstruction: about log 2 a value
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in carso.purifier.parameters())
+    assert all(p.grad is None for p in carso.classifier.parameters())

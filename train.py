@@ -1,0 +1,621 @@
+"""Train CARSO: stage one, an adversarially-trained classifier (or a published one); stage two, the purifier.
+
+    python train.py                                                    # digits, a laptop, minutes
+    python train.py --dataset mine.npz --preset cifar10 --epochs 50    # your own pictures, any option overrides the
+    preset torchrun --nproc_per_node=8 train.py --dataset cifar10             # the paper's scenario a on one node
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --dataset cifar10
+
+Everything lands in runs/NAME: carso.pt (all that evaluate.py needs), log.tsv (means over the epoch and all ranks),
+reconstructions.png (clean | attacked | reconstructions), classifier.pt, config.json. The same command goes on where it
+was stopped.
+
+Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D condition.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # all_reduce with gradients
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import data as datasets
+from attacks import adversarially_balanced_batch, parse_number, pgd
+from models import WideResNet, keep_freed_memory, load_published_classifier, record, representation_layers
+from purifier import CARSO, build_carso, check_config, load_checkpoint, save_checkpoint, vae_loss, write_atomically
+
+# --------------------------------------------------------------------------------------------------------- presets
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Every number of a training run. The defaults are the paper's scenario a (tables 12 to 14) unless marked
+    "ours"."""
+
+    # The classifier, and its own adversarial training (ours; the paper takes published weights)
+    depth: int = 28  #                    WideResNet-depth-width
+    width: int = 10
+    classifier_epochs: int = 100
+    classifier_batch_size: int = 512  #   pictures a step, over all ranks
+    classifier_learning_rate: float = 0.2  # peak of a one-cycle schedule, SGD with Nesterov momentum 0.9
+    classifier_weight_decay: float = 5e-4
+    classifier_ramp: int = 5  #           epochs over which the attack's radius grows from 0 to eps
+    classifier_attack_steps: int = 10  #  PGD, each step eps / 4
+    classifier_bn_momentum: float = 0.01  # larger where there are few steps for the running statistics to settle
+    augment: bool = True  #               random crop and mirror
+
+    # The purifier
+    condition_dim: int = 512  #           D, table 13
+    latent_dim: int = 128  #              Z, table 13
+    decoder_width: int = 256  #           channels of the decoder's first map, tables 10 and 11
+    samples: int = 8  #                   S, section 5.1
+
+    # Stage two, table 14
+    epochs: int = 200
+    batch_size: int = 5120  #             pictures a step, over all ranks: 8 GPUs x 640
+    learning_rate: float = 0.064  #       on the plateau; it does not depend on the number of ranks
+    learning_rate_start: float = 5e-9
+    learning_rate_end: float = 8e-6
+    warmup: int = 25  #                   epochs
+    plateau: int = 25  #                  epochs; the rest anneals
+    kl_from: int = 25  #                  KL weight 0 until this epoch,
+    kl_to: int = 34  #                    1 from this one
+
+    # Adversarially-balanced batches, table 12
+    eps: float = 8 / 255  #               largest radius, in pixels
+    fraction: float = 0.5  #              perturbed share of each batch
+    attack_steps: int = 40  #             PGD
+    attack_step_size: float = 0.01  #     in pixels
+
+
+PAPER = Preset()
+PRESETS = {
+    "digits": Preset(  # ours: minutes on two CPU cores
+        depth=10, width=1, classifier_epochs=18, classifier_batch_size=64, classifier_learning_rate=0.1,
+        classifier_ramp=6, classifier_attack_steps=5, classifier_bn_momentum=0.1, augment=False,
+        condition_dim=64, latent_dim=16, decoder_width=64,
+        epochs=24, batch_size=64, learning_rate=4e-3, learning_rate_start=5e-9, learning_rate_end=4e-6,
+        warmup=3, plateau=6, kl_from=3, kl_to=6, eps=0.2, attack_steps=10, attack_step_size=0.05,
+    ),
+    "cifar10": PAPER,
+    "cifar100": dataclasses.replace(PAPER, batch_size=2560, fraction=0.15),  # 4 GPUs x 640
+    "tinyimagenet": dataclasses.replace(
+        PAPER, condition_dim=768, latent_dim=192, epochs=250, batch_size=1024, fraction=0.01,  # 8 GPUs x 128
+        learning_rate=0.0128, learning_rate_end=1.6e-6, warmup=31, plateau=31, kl_from=32, kl_to=43,
+    ),
+}  # fmt: skip
+
+
+def learning_rate(epoch: float, p: Preset) -> float:
+    """Linear warm-up, plateau, linear anneal (table 14); stepped by epoch."""
+    knots = [0, p.warmup, p.warmup + p.plateau, p.epochs]
+    return float(
+        np.interp(epoch, knots, [p.learning_rate_start, p.learning_rate, p.learning_rate, p.learning_rate_end])
+    )
+
+
+def kl_weight(epoch: float, p: Preset) -> float:
+    """0 until kl_from, then linear to 1 at kl_to (table 14)."""
+    return float(np.interp(epoch, [p.kl_from, p.kl_to], [0, 1]))
+
+
+class Lookahead:
+    """Lookahead (Zhang et al. 2019) around an optimizer: after every k steps the slow weights take a share alpha of the
+    way to the fast ones, and the fast ones restart there. The slow weights are the result of training."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, k: int = 6, alpha: float = 0.8):
+        self.optimizer, self.k, self.alpha, self.steps = optimizer, k, alpha, 0
+        self.fast = [p for group in optimizer.param_groups for p in group["params"]]
+        self.slow = [p.detach().clone() for p in self.fast]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % self.k == 0:
+            for fast, slow in zip(self.fast, self.slow):
+                slow.lerp_(fast, self.alpha)
+                fast.copy_(slow)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave the slow weights in the model."""
+        for fast, slow in zip(self.fast, self.slow):
+            fast.copy_(slow)
+
+    def state_dict(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "slow": self.slow, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+        for mine, saved in zip(self.slow, state["slow"], strict=True):
+            mine.copy_(saved)
+
+
+# ------------------------------------------------------------------------------ many processes that act as one
+
+# Nothing below depends on the number of ranks, up to the order of summation: batches are cut from one global order, all
+# random numbers are drawn for the global batch by a generator that follows from (seed, stage, epoch, step), and each
+# rank takes its own rows. That is also why resuming needs no generator's state.
+
+
+@dataclass
+class Ranks:
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of something that spans the global batch."""
+        return batch.tensor_split(self.count)[self.rank]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over the ranks, and BatchNorm over the global batch."""
+        if self.count == 1:
+            return module
+        if self.device.type == "cuda":
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            return DistributedDataParallel(module, device_ids=[self.device.index], broadcast_buffers=False)
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.forward = partial(global_batch_norm, layer)  # SyncBatchNorm is for GPUs only
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def global_batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
+    """What SyncBatchNorm does, in plain collectives that also run on CPUs: statistics over the pictures of all
+    ranks."""
+    if not layer.training:
+        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps)
+    dims = [d for d in range(x.ndim) if d != 1]
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    all_sum = torch.distributed.nn.functional.all_reduce
+    local_count = x.new_full((1,), x.numel() / x.shape[1])
+    sums = all_sum(torch.cat([x.sum(dims), local_count]))
+    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+    centred = x - mean.view(shape)
+    variance = all_sum(centred.square().sum(dims)) / count
+    with torch.no_grad():
+        layer.num_batches_tracked += 1
+        momentum = layer.momentum if layer.momentum is not None else 1.0 / float(layer.num_batches_tracked)
+        layer.running_mean.lerp_(mean, momentum)
+        layer.running_var.lerp_(variance * count / (count - 1), momentum)
+    normalised = centred * (variance + layer.eps).rsqrt().view(shape)
+    return normalised * layer.weight.view(shape) + layer.bias.view(shape)
+
+
+def start_ranks(device: str | None) -> Ranks:
+    """Read torchrun's environment; a plain `python train.py` is the only rank."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), own)
+
+
+# ------------------------------------------------------------------------------------- the loop both stages share
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C arrived; the step was finished and saved."""
+
+
+class Run:
+    """One folder, one configuration, one set of ranks: stepping, saving, resuming, logging."""
+
+    def __init__(self, folder: Path, config: dict, ranks: Ranks, save_every: float):
+        self.folder, self.config, self.ranks, self.save_every = folder, config, ranks, save_every
+        self.last_save, self.stopping = time.monotonic(), False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._stop)
+
+    def _stop(self, *_):
+        if self.stopping:  # a second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def say(self, text: str) -> None:
+        if self.ranks.first:
+            tqdm.write(text)
+
+    def generator(self, stage: str, epoch: int, step: int) -> torch.Generator:
+        """The random numbers of one step, the same on every rank, for whole global batches."""
+        key = f"{self.config['seed']} {stage} {epoch} {step}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "little")
+        return torch.Generator(self.ranks.device).manual_seed(seed)
+
+    def train(self, stage: str, epochs: int, count: int, batch_size: int, parts: dict, columns, step, after_epoch=None):
+        """Call step(epoch, number, indices, first) for every batch of every epoch, from where a saved run stopped.
+
+        parts: name -> anything with a state_dict; saved and restored together.
+        step: trains on the global batch `indices` (of which it takes its rank's rows), whose first picture is number
+            `first` since the start, and returns the sums over its rows of what `columns` names.
+        Every epoch's means over all pictures become a row of log.tsv. Returns False if this stage was done before.
+        """
+        path = self.folder / f"{stage}.resume.pt"
+        epoch_now, step_now, rows, sums = 0, 0, [], torch.zeros(len(columns), dtype=torch.float64)
+        if path.is_file():
+            saved = torch.load(path, map_location=self.ranks.device, weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(saved["parts"][name])
+            epoch_now, step_now, rows, sums = saved["epoch"], saved["step"], saved["rows"], saved["sums"].cpu()
+            self.say(f"{stage}: going on at epoch {epoch_now}, step {step_now}")
+
+        def save(epoch, step):
+            self.last_save = time.monotonic()
+            if self.ranks.first:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                content = {"parts": state, "epoch": epoch, "step": step, "rows": rows, "sums": sums}
+                write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+        if epoch_now == 0 and step_now == 0:
+            self.say(f"{stage}: {epochs} epochs of {count} pictures in batches of {batch_size}")
+        header = ["epoch", *columns, "pictures/s", "left"]
+        self.say("  ".join(f"{name:>10}" for name in header))
+        started, steps_done = time.monotonic(), 0
+        for epoch in range(epoch_now, epochs):
+            order = datasets.batches(count, batch_size, self.config["seed"], epoch)
+            quiet = None if self.ranks.first else True
+            bar = tqdm(range(step_now, len(order)), f"{stage} {epoch}", leave=False, disable=quiet)
+            epoch_started, pictures = time.monotonic(), 0
+            for number in bar:
+                first = epoch * count + sum(len(indices) for indices in order[:number])
+                values = step(epoch, number, order[number], first)
+                values = torch.cat([values.double(), values.new_tensor([float(self.stopping)]).double()])
+                values = self.ranks.sum(values).cpu()
+                sums += values[:-1]
+                pictures, steps_done = pictures + len(order[number]), steps_done + 1
+                if values[-1] > 0:
+                    save(epoch, number + 1)
+                    raise Stopped(f"{stage} epoch {epoch}, step {number + 1}")
+                if time.monotonic() - self.last_save > self.save_every:
+                    save(epoch, number + 1)
+            left = (time.monotonic() - started) / max(steps_done, 1) * len(order) * (epochs - 1 - epoch)
+            speed = pictures / max(time.monotonic() - epoch_started, 1e-9)
+            rows.append([epoch, *(sums / count).tolist()])
+            shown = [f"{epoch}", *(f"{value:.5g}" for value in rows[-1][1:]), f"{speed:.0f}", clock(left)]
+            self.say("  ".join(f"{text:>10}" for text in shown))
+            sums, step_now = torch.zeros_like(sums), 0
+            self._log(stage, columns, rows)
+            if after_epoch:
+                after_epoch(epoch)
+        save(epochs, 0)
+
+    def _log(self, stage: str, columns, rows) -> None:
+        """Rewritten whole from the rows so far, so that a resumed run never repeats or loses one."""
+        if self.ranks.first:
+            lines = ["\t".join(["epoch", *columns])]
+            lines += ["\t".join(f"{value:.8g}" for value in row) for row in rows]
+            name = "log.tsv" if stage == "purifier" else f"log-{stage}.tsv"
+            write_atomically(self.folder / name, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+# ------------------------------------------------------------------------------------------ stage one: the classifier
+
+
+def train_classifier(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
+    """PGD adversarial training (Madry et al. 2018) with an averaged copy of the weights as the result."""
+    ranks, device = run.ranks, run.ranks.device
+    torch.manual_seed(run.config["seed"])
+    classifier = WideResNet(len(data.classes), p.depth, p.width, data.train_images.shape[1], data.mean, data.std)
+    for layer in classifier.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = p.classifier_bn_momentum
+    classifier.to(device)
+    average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), momentum=0.9, nesterov=True, weight_decay=p.classifier_weight_decay
+    )
+    network = ranks.wrap(classifier)
+    count, size = len(data.train_labels), p.classifier_batch_size
+    steps_an_epoch = len(datasets.batches(count, size, 0, 0))
+
+    def step(epoch, number, indices, first):
+        at = epoch + number / steps_an_epoch
+        lr = (
+            np.interp(at, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0]) * p.classifier_learning_rate
+        )
+        eps = p.eps * min(1.0, (at + 0.5) / max(p.classifier_ramp, 1e-9))
+        mine, generator = ranks.share(indices), run.generator("classifier", epoch, number)
+        x, y = datasets.pixels(data.train_images[mine].to(device)), data.train_labels[mine].to(device)
+        noise = 2 * torch.rand((len(indices), *x.shape[1:]), generator=generator, device=device) - 1
+        if p.augment:
+            draws = torch.rand((len(indices), 3), generator=generator, device=device)
+            x = datasets.crop_and_flip(x, ranks.share(draws))
+        classifier.eval()
+        x = pgd(classifier, x, y, eps, p.classifier_attack_steps, eps / 4, noise=ranks.share(noise))
+        network.train()
+        logits = network(x)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        optimizer.param_groups[0]["lr"] = float(lr)
+        optimizer.zero_grad()
+        (loss * ranks.count / len(indices)).backward()  # DDP averages over ranks: this is the global batch's mean
+        optimizer.step()
+        average.update_parameters(classifier)
+        return torch.stack([loss.detach(), (logits.argmax(1) == y).sum()])
+
+    parts = {"network": classifier, "average": average, "optimizer": optimizer}
+    run.train("classifier", p.classifier_epochs, count, size, parts, ("loss", "robust"), step)
+    return unwrapped(average.module, WideResNet(**classifier.config)).to(device).eval()
+
+
+def unwrapped(trained: nn.Module, fresh: nn.Module) -> nn.Module:
+    """The same weights in a module without traces of training on many ranks."""
+    fresh.load_state_dict(trained.state_dict())
+    return fresh
+
+
+@torch.no_grad()
+def refresh_batchnorm(network: nn.Module, batches_through) -> None:
+    """Recompute BatchNorm's running statistics as the plain mean over `batches_through()`: Lookahead's slow weights are
+    the result, but the statistics collected on the way belong to the fast ones."""
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+    network.train()
+    batches_through()
+    for layer, momentum in zip(layers, momenta):
+        layer.momentum = momentum
+
+
+def accuracy(model: nn.Module, data: datasets.Dataset, count: int, attack=None) -> float:
+    """On the first `count` test pictures, attacked by attack(model, x, y) if given."""
+    device, correct = next(model.parameters()).device, 0
+    count = min(count, len(data.test_labels))
+    for indices in torch.arange(count).split(250):
+        x, y = datasets.pixels(data.test_images[indices].to(device)), data.test_labels[indices].to(device)
+        x = attack(model, x, y) if attack else x
+        with torch.no_grad():
+            correct += (model(x).argmax(1) == y).sum().item()
+    return correct / count
+
+
+# ------------------------------------------------------------------------------------------- stage two: the purifier
+
+
+def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) -> None:
+    """The paper's recipe (sections 4.4 and 5.1): adversarially-balanced batches, summed BCE and KL, RAdam in
+    Lookahead."""
+    ranks, device = run.ranks, run.ranks.device
+    classifier, purifier = carso.classifier, carso.purifier
+    network = ranks.wrap(purifier)
+    optimizer = torch.optim.RAdam(purifier.parameters(), lr=p.learning_rate_start, betas=(0.9, 0.999), eps=1e-8)
+    lookahead = Lookahead(optimizer, k=6, alpha=0.8)
+    count = len(data.train_labels)
+
+    def forward(stage, epoch, number, indices, first):
+        """This rank's part of a balanced batch through the purifier."""
+        rows, generator = ranks.share(torch.arange(len(indices))), run.generator(stage, epoch, number)
+        mine = indices[rows]
+        clean, y = datasets.pixels(data.train_images[mine].to(device)), data.train_labels[mine].to(device)
+        start = 2 * torch.rand((len(indices), *clean.shape[1:]), generator=generator, device=device) - 1
+        latent = torch.randn((len(indices), p.latent_dim), generator=generator, device=device)
+        perturbed = adversarially_balanced_batch(
+            classifier, clean, y, p.eps, p.fraction, p.attack_steps, p.attack_step_size,
+            first=first + int(rows[0]), noise=ranks.share(start),
+        )  # fmt: skip
+        with torch.no_grad():
+            _, representation = record(classifier, carso.layers, perturbed)
+        return clean, *network(perturbed, representation, ranks.share(latent))
+
+    def step(epoch, number, indices, first):
+        optimizer.param_groups[0]["lr"] = learning_rate(epoch, p)
+        carso.train()
+        clean, reconstruction, mu, logvar = forward("purifier", epoch, number, indices, first)
+        loss, bce, kld = vae_loss(reconstruction, clean, mu, logvar, kl_weight(epoch, p))
+        optimizer.zero_grad()
+        (loss * ranks.count).backward()  # DDP averages over ranks: this is the global batch's sum
+        lookahead.step()
+        return torch.stack([loss, bce, kld]).detach()
+
+    def picture(epoch):
+        if ranks.first and (epoch % 5 == 4 or epoch == p.epochs - 1):
+            draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
+
+    parts = {"purifier": purifier, "lookahead": lookahead}
+    run.train("purifier", p.epochs, count, p.batch_size, parts, ("loss", "bce", "kld"), step, picture)
+    lookahead.finish()
+
+    def once_through_the_training_set():
+        first = 0
+        for number, indices in enumerate(datasets.batches(count, p.batch_size, run.config["seed"], p.epochs)):
+            with torch.enable_grad():
+                forward("batchnorm", 0, number, indices, first)
+            first += len(indices)
+
+    refresh_batchnorm(purifier, once_through_the_training_set)
+    carso.eval()
+
+
+def draw_reconstructions(path: Path, carso: CARSO, data: datasets.Dataset, p: Preset, rows: int = 8) -> None:
+    """One row a test picture: clean | attacked (PGD eps on the classifier) | six reconstructions."""
+    was_training, device = carso.purifier.training, next(carso.purifier.parameters()).device
+    carso.eval()
+    x, y = datasets.pixels(data.test_images[:rows].to(device)), data.test_labels[:rows].to(device)
+    noise = torch.zeros_like(x)
+    attacked = pgd(carso.classifier, x, y, p.eps, p.attack_steps, p.attack_step_size, noise=noise)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn((len(x), 6, carso.purifier.config["latent_dim"]), generator=generator).to(device)
+    with torch.no_grad():
+        tiles = torch.cat([x[:, None], attacked[:, None], carso.purify(attacked, z)], dim=1)
+    grid = make_grid(tiles.flatten(0, 1).cpu(), nrow=tiles.shape[1], padding=2, pad_value=1.0)
+    grid = F.interpolate(grid[None], scale_factor=2, mode="nearest")[0]
+    write_atomically(path, lambda temporary: save_image(grid, temporary, format="png"))
+    carso.train(was_training)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() == "true"
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="digits", help=f"{', '.join(datasets.NAMES)}, or a path (see data.py)")
+    parser.add_argument("--data-dir", default="data", help="where downloads and caches go (default: data)")
+    parser.add_argument("--preset", choices=PRESETS, help="default: the data set's own, cifar10's for a path")
+    parser.add_argument("--name", help="folder under runs/ (default: the data set's name)")
+    parser.add_argument("--classifier", default="train", help="'train' (default), or a file of published weights")
+    parser.add_argument("--trust-pickle", action="store_true", help="open such a file even if it runs code")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints (default: 10)")
+    group = parser.add_argument_group("preset", "every number of the preset can be overridden")
+    kinds = {float: parse_number, int: int, bool: switch}
+    for field in dataclasses.fields(Preset):
+        group.add_argument("--" + field.name.replace("_", "-"), type=kinds[field.type], metavar=field.type.__name__)
+    return parser.parse_args(argv)
+
+
+def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
+    """The preset with what the command line overrides, the run's name. ValueError for what makes no
+    sense."""
+    name = args.preset or (args.dataset if args.dataset in PRESETS else "cifar10")
+    overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(Preset)}
+    p = dataclasses.replace(PRESETS[name], **{k: v for k, v in overrides.items() if v is not None})
+    if not 0 < p.eps <= 1:
+        raise ValueError(f"--eps {p.eps:g} is not a distance between pixels in [0, 1]; write 8/255, say")
+    if not 0 <= p.fraction <= 1:
+        raise ValueError(f"--fraction {p.fraction:g} is not a share between 0 and 1")
+    if min(p.epochs, p.batch_size, p.classifier_epochs, p.classifier_batch_size, p.samples, p.width) < 1:
+        raise ValueError("epochs, batch sizes, samples and width must be 1 or more")
+    if p.warmup + p.plateau > p.epochs:  # a shorter run keeps the proportions
+        # (but one epoch of warm-up: RAdam's first five steps follow the bare gradient of a summed loss, which is huge)
+        scale = p.epochs / PRESETS[name].epochs
+        names = [k for k in ("warmup", "plateau", "kl_from", "kl_to") if overrides[k] is None]
+        p = dataclasses.replace(p, **{k: max(1, int(getattr(PRESETS[name], k) * scale)) for k in names})
+    return p, args.name or Path(args.dataset).stem
+
+
+def load_data(args, p: Preset, ranks: Ranks) -> datasets.Dataset:
+    """One process of each node downloads and caches, the others then read; checks that batches suit data and ranks."""
+    last = ranks.count > 1 and int(os.environ["LOCAL_RANK"]) > 0
+    if last:
+        dist.barrier()
+    data = datasets.load(args.dataset, args.data_dir)
+    if ranks.count > 1 and not last:
+        dist.barrier()
+    for name, size in (("--batch-size", p.batch_size), ("--classifier-batch-size", p.classifier_batch_size)):
+        smallest = min(len(b) for b in datasets.batches(len(data.train_labels), size, 0, 0))
+        if smallest < max(2, ranks.count):
+            raise ValueError(
+                f"{name} {size} leaves a batch of {smallest} for {ranks.count} process(es); make it larger"
+            )
+        if size % ranks.count and ranks.first:
+            print(f"{name} {size} over {ranks.count} processes: their shares differ by one picture")
+    return data
+
+
+def get_classifier(run: Run, args, data: datasets.Dataset, p: Preset) -> WideResNet:
+    """Stage one: the one trained before in this folder, one from a file, or a new one."""
+    path, device = run.folder / "classifier.pt", run.ranks.device
+    if path.is_file():
+        return load_published_classifier(path, len(data.classes)).to(device)
+    if args.classifier != "train":
+        classifier = load_published_classifier(
+            args.classifier, len(data.classes), data.mean, data.std, args.trust_pickle
+        ).to(device)
+        run.say(f"classifier: {args.classifier}, clean accuracy {accuracy(classifier, data, 1000):.1%} on 1000")
+        return classifier
+    classifier = train_classifier(run, data, p)
+    attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)
+    torch.manual_seed(0)
+    clean, robust = accuracy(classifier, data, 500), accuracy(classifier, data, 500, attack)
+    run.say(f"classifier: clean {clean:.1%}, PGD-20 {robust:.1%} on {min(500, len(data.test_labels))} test pictures")
+    weights = classifier.state_dict() | {"mean": classifier.mean.flatten(), "std": classifier.std.flatten()}
+    if run.ranks.first:
+        write_atomically(path, lambda temporary: torch.save({"state_dict": weights}, temporary))
+    return classifier
+
+
+def main() -> int:
+    args = parse_arguments()
+    keep_freed_memory()
+    try:
+        ranks = start_ranks(args.device)
+        p, name = prepare(args)
+        folder = Path("runs") / name
+        config = {"dataset": args.dataset, "classifier": args.classifier, "seed": args.seed, **dataclasses.asdict(p)}
+        run = Run(folder, config, ranks, 60 * args.save_every)
+        check_config(folder / "config.json", config, "--name")
+        data = load_data(args, p, ranks)
+        run.say(f"{data.name}: {len(data.train_labels)} training pictures {tuple(data.train_images.shape[1:])}, "
+                f"{len(data.classes)} classes; {ranks.count} process(es) on {ranks.device.type}")  # fmt: skip
+        if data.note:
+            run.say(data.note)
+        if (folder / "carso.pt").is_file():
+            load_checkpoint(folder / "carso.pt")
+            run.say(
+                f"{folder / 'carso.pt'} is complete; use --name for another run, or evaluate.py --ckpt to attack it"
+            )
+            return 0
+        classifier = get_classifier(run, args, data, p)
+        torch.manual_seed(args.seed)
+        sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
+        layers = representation_layers(classifier.config["depth"])
+        carso = build_carso(classifier, layers, data.train_images.shape[1:], p.samples, **sizes).to(ranks.device)
+        train_purifier(run, data, carso, p)
+        if ranks.first:
+            state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": config, "classes": data.classes}
+            draw_reconstructions(folder / "reconstructions.png", carso, data, p)
+            clean = unwrapped(carso.purifier, type(carso.purifier)(**carso.purifier.config))
+            carso = CARSO(classifier, clean.to(ranks.device), layers, p.samples)
+            save_checkpoint(folder / "carso.pt", carso, **state)
+            for path in folder.glob("*.resume.pt"):
+                path.unlink()
+            run.say(f"CARSO: clean {accuracy(carso, data, 500):.1%} on {min(500, len(data.test_labels))} test pictures")
+            run.say(f"now: python evaluate.py --ckpt {folder / 'carso.pt'}")
+    except Stopped as stop:
+        run.say(f"stopped at {stop} and saved; the same command goes on from there")
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
