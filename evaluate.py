@@ -1,9 +1,13 @@
 """Attack a trained CARSO end to end, score every adversarial picture on fresh draws, and report the worst.
 
-    python evaluate.py --ckpt runs/digits/carso.pt
-    python evaluate.py --ckpt runs/cifar10/carso.pt --attack rand pgd-eot --n 512 --eps 8/255 --steps 100 --eot 20
+    python evaluate.py --ckpt runs/digits/carso.pt                              # AutoAttack, as in the paper
+    python evaluate.py --ckpt runs/digits/carso.pt --attack all                 # everything we know
+    python evaluate.py --ckpt runs/digits/carso.pt --view naive-odds            # the reference's output: the audit
+    fails python evaluate.py --ckpt runs/digits/carso.pt --sweep eps                  # also steps, eot, samples
+    python evaluate.py --model mine.py:build --dataset cifar10 --attack all     # any function that returns an nn.Module
     torchrun --nproc_per_node=8 evaluate.py --ckpt runs/cifar10/carso.pt --attack all
 
+First the audit: do gradients exist, and are they the derivative? If not, the exit status is 3 and the report says why.
 Work is cut into chunks of pictures; each finished (attack, chunk) is a file. Kill it anywhere and run the same command
 again, with any number of processes: it goes on, and the result is the same, since all random numbers follow from the
 attack and the chunk. Processes share a folder and never talk to each other.
@@ -12,13 +16,14 @@ Shapes: B pictures, N candidates (adversarial versions of a picture), E draws, S
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
-import math
 import os
-import platform
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -28,12 +33,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data as datasets
+import report
 from aggregate import log_probabilities, majority_vote, mean_logits, mean_probabilities, robust_logits
-from attacks import LOSSES, parse_number, project
+from attacks import LOSSES, apgd, ascend, parse_number, project
 from models import keep_freed_memory
 from purifier import check_config, load_checkpoint, write_atomically
 
@@ -80,12 +85,21 @@ def sum_of_exponentials(logits: torch.Tensor) -> torch.Tensor:
     return (logits - logits.detach().amax(dim=(1, 2), keepdim=True)).exp().sum(dim=1)
 
 
-# name -> members' logits (B, S, K) to the answer (B, K)
+# Views: what an attack sees, members' logits (B, S, K) to (B, K). All but the last two decide alike, whatever they
+# return.
+VIEWS = {
+    "logsumexp": robust_logits,
+    "sum-exp": sum_of_exponentials,
+    "naive-odds": naive_log_odds,
+    "mean-logit": mean_logits,
+    "mean-probability": mean_probabilities,
+}
+# Decisions (appendix D compares them), each with a view of its own that has gradients.
 AGGREGATIONS = {
-    "robust": robust_logits,
-    "mean-logits": mean_logits,
-    "mean-probabilities": mean_probabilities,
-    "majority": majority_vote,
+    "robust": (robust_logits, "logsumexp"),
+    "mean-logits": (mean_logits, "mean-logit"),
+    "mean-probabilities": (mean_probabilities, "mean-probability"),
+    "majority": (majority_vote, "mean-probability"),
 }
 
 
@@ -95,35 +109,51 @@ class Target(nn.Module):
 
     model: CARSO, or any nn.Module from pictures to logits.
     view: members' logits (B, S, K) -> (B, K), for a model that has members; ignored for others.
+    limit: at most this many pictures or reconstructions at a time; memory, not results, depends on it.
     """
 
-    def __init__(self, model: nn.Module, view=robust_logits, samples: int | None = None):
+    def __init__(self, model: nn.Module, view=robust_logits, samples: int | None = None, limit: int = 1024):
         super().__init__()
-        self.model, self.view = model, view
-        self.samples = samples or getattr(model, "samples", 1)
+        self.model, self.view, self.limit = model, view, limit
         self.has_members = hasattr(model, "member_logits")
+        self.samples = (samples or model.samples) if self.has_members else 1
         self.count = dict.fromkeys(("pictures", "gradients", "nonfinite", "zero", "nonfinite_logits"), 0)
+
+    def seen_through(self, view) -> "Target":
+        """The same model through another view, with the same counters."""
+        other = Target(self.model, view, self.samples, self.limit)
+        other.count = self.count
+        return other
 
     def draw(self, x: torch.Tensor, draws: int = 1):
         """Latent noise for this many evaluations of every picture; None for a model without members."""
         return self.model.draw(x, draws * self.samples) if self.has_members else None
 
-    def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        return self.draws(x, 1, z)[:, 0]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.draws(x, 1, self.draw(x))[:, 0]
 
-    def draws(self, x: torch.Tensor, draws: int, z: torch.Tensor | None = None) -> torch.Tensor:
+    def draws(self, x: torch.Tensor, draws: int, z: torch.Tensor | None) -> torch.Tensor:
         """E evaluations of every picture, (B, E, K). A model with members runs its classifier on the picture once for
         all of them; any other is fed the picture E times."""
         if x.requires_grad:
             x.register_hook(self._watch)
         self.count["pictures"] += len(x) * draws
         if self.has_members:
-            members = self.model.member_logits(x, self.draw(x, draws) if z is None else z)  # (B, E S, K)
-            logits = self.view(members.unflatten(1, (draws, -1)).flatten(0, 1))  #             (B E, K)
+            members = self.model.member_logits(x, z)  #                            (B, E S, K)
+            logits = self.view(members.unflatten(1, (draws, -1)).flatten(0, 1))  # (B E, K)
         else:
             logits = self.model(x.repeat_interleave(draws, dim=0))
         self.count["nonfinite_logits"] += (~logits.isfinite()).any(1).sum().item()
         return logits.unflatten(0, (len(x), draws))
+
+    def parts(self, pictures: int, draws: int):
+        """(rows, draws, z columns) that together are all draws of all pictures, each within the limit."""
+        step = max(1, min(draws, self.limit // self.samples))
+        rows = max(1, self.limit // (step * self.samples))
+        for first in range(0, pictures, rows):
+            for done in range(0, draws, step):
+                stop = min(done + step, draws)
+                yield slice(first, first + rows), stop - done, slice(done * self.samples, stop * self.samples)
 
     def _watch(self, gradient: torch.Tensor) -> None:
         flat = gradient.flatten(1)
@@ -132,19 +162,42 @@ class Target(nn.Module):
         self.count["zero"] += (flat == 0).all(1).sum().item()
 
 
-def climb(target: Target, y: torch.Tensor, loss: str, draws: int, z: torch.Tensor | None = None):
-    """An attack's objective (see attacks.py) with EoT in one batch: the mean loss over `draws` evaluations, one
-    backward."""
+def margin_to(wanted: torch.Tensor):
+    """A targeted loss: how far the logit of class `wanted` (B,) is above that of the true class, for B or B E
+    logits."""
+
+    def loss(logits, y):
+        aim = wanted.repeat_interleave(len(y) // len(wanted))
+        return (logits.gather(1, aim[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+    return loss
+
+
+def climb(target: Target, y: torch.Tensor, loss, draws: int, z: torch.Tensor | None = None):
+    """An attack's objective (see attacks.py) with EoT in one batch: the mean loss over `draws` evaluations, for CARSO
+    with one classifier pass and one backward for all of them. loss: a name in LOSSES, or (B,) the
+    classes that a targeted attack wants."""
 
     def losses_and_gradient(x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            logits = target.draws(x, draws, z)  # (B, E, K)
-            losses = (
-                LOSSES[loss](logits.flatten(0, 1), y.repeat_interleave(draws)).unflatten(0, (len(x), draws)).mean(1)
-            )
-            (gradient,) = torch.autograd.grad(losses.sum(), x)
-        return losses.detach(), gradient
+        noise = target.draw(x, draws) if z is None else z
+        losses, gradient = torch.zeros(len(x), device=x.device, dtype=x.dtype), torch.zeros_like(x)
+        for rows, n, columns in target.parts(len(x), draws):
+            with torch.enable_grad():
+                part = x[rows].detach().requires_grad_()
+                logits = target.draws(part, n, None if noise is None else noise[rows, columns])  # (b, n, K)
+                function = loss_of(loss, rows)
+                values = (
+                    function(logits.flatten(0, 1), y[rows].repeat_interleave(n)).unflatten(0, (-1, n)).sum(1) / draws
+                )
+                if values.requires_grad:  # else nothing flows back, and the gradient is zero
+                    gradient[rows] += torch.autograd.grad(values.sum(), part)[0]
+                else:
+                    target._watch(torch.zeros_like(part))
+            losses[rows] += values.detach()
+        return losses, gradient
+
+    def loss_of(loss, rows):
+        return LOSSES[loss] if isinstance(loss, str) else margin_to(loss[rows])
 
     return losses_and_gradient
 
@@ -156,20 +209,88 @@ def climb(target: Target, y: torch.Tensor, loss: str, draws: int, z: torch.Tenso
 # own.
 
 
-def no_attack(target, x, y, eps, b: Budget):
-    return x[None], survives(target, x[None], y)
-
-
-def uniform_noise(target, x, y, eps, b: Budget):
-    """The control: what an attack that ignores the model achieves."""
-    candidates = project(x + eps * torch.empty_like(x).uniform_(-1, 1), x, eps)[None]
-    return candidates, survives(target, candidates, y)
-
-
 @torch.no_grad()
 def survives(target, candidates, y) -> torch.Tensor:
     """One draw of each candidate: is the picture still classified correctly under all of them? (B,)"""
     return torch.stack([target(x).argmax(1) == y for x in candidates]).all(0)
+
+
+def random_start(x, eps):
+    return project(x + eps * torch.empty_like(x).uniform_(-1, 1), x, eps)
+
+
+def no_attack(target, x, y, eps, b):
+    return x[None], survives(target, x[None], y)
+
+
+def uniform_noise(target, x, y, eps, b):
+    """The control: what an attack that ignores the model achieves."""
+    candidates = random_start(x, eps)[None]
+    return candidates, survives(target, candidates, y)
+
+
+def pgd_eot(target, x, y, eps, b):
+    """PGD with EoT (paper, table 12), from a random start."""
+    objective = climb(target, y, "ce", b.eot)
+    candidates = ascend(objective, x, random_start(x, eps), eps, b.pgd_steps, b.pgd_step_size)[None]
+    return candidates, survives(target, candidates, y)
+
+
+# What our APGD climbs: the decision through several outputs, since a loss can be flat through one and steep through
+# another.
+OBJECTIVES = (("logsumexp", "ce"), ("logsumexp", "dlr"), ("sum-exp", "dlr"), ("mean-logit", "ce"))
+
+
+def apgd_ce(target, x, y, eps, b):
+    """One run of our APGD on cross-entropy through the chosen view: what the sweeps repeat."""
+    best, _ = apgd(climb(target, y, "ce", b.eot), x, eps, b.steps, random_start(x, eps))
+    return best[None], survives(target, best[None], y)
+
+
+def apgd_all(target, x, y, eps, b):
+    """Our APGD on every objective (those with members, or just CE and DLR), then aimed at the likeliest wrong
+    classes."""
+    objectives = OBJECTIVES if target.has_members else (("", "ce"), ("", "dlr"))
+    candidates = []
+    for view, loss in objectives:
+        seen = target.seen_through(VIEWS.get(view, target.view))
+        candidates.append(apgd(climb(seen, y, loss, b.eot), x, eps, b.steps, random_start(x, eps))[0])
+    with torch.no_grad():
+        likeliest = target(x).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+    for wanted in likeliest.T[: min(b.targets, likeliest.shape[1] - 1)]:
+        candidates.append(apgd(climb(target, y, wanted, b.eot), x, eps, b.steps, random_start(x, eps))[0])
+    candidates = torch.stack(candidates)
+    return candidates, survives(target, candidates, y)
+
+
+def fixed_noise(target, x, y, eps, b):
+    """The same latent draws at every step: a deterministic model, attacked by APGD without EoT."""
+    z = target.draw(x)
+    best, _ = apgd(climb(target, y, "ce", 1, z), x, eps, b.steps, random_start(x, eps))
+    return best[None], survives(target, best[None], y)
+
+
+def transfer(target, x, y, eps, b):
+    """Adversarial pictures of the bare classifier."""
+    source = Target(target.model.classifier, limit=target.limit)
+    source.count = target.count
+    candidates = [apgd(climb(source, y, loss, 1), x, eps, b.steps, random_start(x, eps))[0] for loss in LOSSES]
+    candidates = torch.stack(candidates)
+    return candidates, survives(target, candidates, y)
+
+
+def square(target, x, y, eps, b):
+    """AutoAttack's Square, black box, on the answer averaged over the draws: S x EoT members a query."""
+    from pyautoattack.square import SquareAttack
+
+    averaged = Target(target.model, target.view, target.samples * b.eot, target.limit)
+    averaged.count = target.count
+    seed = torch.initial_seed() % 2**31
+    search = SquareAttack(
+        averaged, n_queries=b.queries, eps=eps, norm="Linf", seed=seed, device=x.device, verbose=False
+    )
+    candidates = project(search.perturb(x, y), x, eps)[None].detach()
+    return candidates, survives(target, candidates, y)
 
 
 def autoattack(version: str):
@@ -205,12 +326,31 @@ def autoattack(version: str):
     return attack
 
 
-# name -> (what it attacks, the attack, does it count towards the defence's robustness)
+@dataclass(frozen=True)
+class Attack:
+    run: callable
+    on: str = "defence"  #         or "classifier", the bare one
+    eps: float | None = None  #    instead of the evaluation's: a sanity check, not counted in the headline
+    needs: str | None = None  #    an attribute of the model without which the attack is skipped
+
+
 ATTACKS = {
-    "clean": ("carso", no_attack),
-    "noise": ("carso", uniform_noise),
-    "standard": ("classifier", autoattack("standard")),
-    "rand": ("carso", autoattack("rand")),
+    "clean": Attack(no_attack),
+    "noise": Attack(uniform_noise),
+    "standard": Attack(autoattack("standard"), on="classifier"),
+    "rand": Attack(autoattack("rand")),
+    "pgd-eot": Attack(pgd_eot),
+    "apgd": Attack(apgd_all),
+    "apgd-ce": Attack(apgd_ce),
+    "fixed-noise": Attack(fixed_noise, needs="member_logits"),
+    "transfer": Attack(transfer, needs="classifier"),
+    "square": Attack(square),
+    "rand-0.95": Attack(autoattack("rand"), eps=0.95),
+    "noise-0.95": Attack(uniform_noise, eps=0.95),
+}
+GROUPS = {
+    "paper": ["standard", "rand", "pgd-eot", "rand-0.95", "noise-0.95"],
+    "all": ["standard", "rand", "pgd-eot", "apgd", "fixed-noise", "transfer", "square"],
 }
 
 
@@ -229,13 +369,15 @@ def reseed(seed: int, model: nn.Module) -> None:
 
 
 class Evaluation:
-    """One checkpoint under one configuration, and the folder that holds its units of work."""
+    """One model under one configuration, and the folder that holds its units of work."""
 
-    def __init__(self, carso, images, labels, config: dict, budget: Budget, folder: Path, device):
-        self.carso, self.images, self.labels = carso, images, labels
-        self.config, self.budget, self.folder, self.device = config, budget, folder, device
-        self.eps, self.samples = config["eps"], config["samples"]
-        self.decide = AGGREGATIONS[config["aggregation"]]
+    def __init__(
+        self, model: nn.Module, images, labels, config: dict, budget: Budget, folder: Path, device, limit: int
+    ):
+        self.defence, self.images, self.labels = model, images, labels
+        self.config, self.budget, self.folder, self.device, self.limit = config, budget, folder, device, limit
+        self.eps, self.samples, self.view = config["eps"], config["samples"], VIEWS[config["view"]]
+        self.attacks, self.decide = ATTACKS, AGGREGATIONS[config["aggregation"]][0]
         self.starts = range(0, len(labels), budget.chunk)
 
     def pictures(self, start: int):
@@ -245,16 +387,33 @@ class Evaluation:
     def file(self, kind: str, start: int) -> Path:
         return self.folder / "work" / f"{kind}-{start:06d}.npz"
 
-    def model(self, name: str) -> nn.Module:
-        return self.carso if ATTACKS[name][0] == "carso" else self.carso.classifier
+    def target(self, name: str, view) -> Target:
+        bare = ATTACKS[name].on == "classifier"
+        model = getattr(self.defence, "classifier", self.defence) if bare else self.defence
+        return Target(model, view, self.samples, self.limit)
+
+    def radius(self, name: str) -> float:
+        return self.eps if ATTACKS[name].eps is None else ATTACKS[name].eps
+
+    def patiently(self, work):
+        """work(), again with half as many pictures at a time whenever the device's memory is full. The random numbers,
+        and so the results, do not depend on it."""
+        while True:
+            try:
+                return work()
+            except torch.cuda.OutOfMemoryError:
+                if self.limit <= 16:
+                    raise
+            torch.cuda.empty_cache()
+            self.limit //= 2
+            print(f"out of memory: going on with {self.limit} pictures at a time", flush=True)
 
     def attack(self, name: str, start: int) -> None:
         """Search: adversarial candidates of one chunk by one attack."""
         x, y = self.pictures(start)
-        reseed(seed_for("attack", name, start, self.config["seed"]), self.carso)
-        target = Target(self.model(name), samples=self.samples)
-        began = time.monotonic()
-        candidates, during = ATTACKS[name][1](target, x, y, self.eps, self.budget)
+        reseed(seed_for("attack", name, start, self.config["seed"]), self.defence)
+        target, began = self.target(name, self.view), time.monotonic()
+        candidates, during = ATTACKS[name].run(target, x, y, self.radius(name), self.budget)
         write_npz(
             self.file(name, start),
             candidates=candidates.cpu().numpy(),
@@ -269,23 +428,19 @@ class Evaluation:
         x, y = self.pictures(start)
         with np.load(self.file(name, start)) as file:
             candidates = torch.from_numpy(file["candidates"]).to(self.device)
-        if not (candidates.isfinite().all() and (candidates - x).abs().max() <= self.eps + 1e-5 or name == "clean"):
-            raise ValueError(f"attack {name} left the eps-ball; this is a bug in the attack")
-        reseed(seed_for("score", name, start, self.config["seed"]), self.carso)
-        target = Target(self.model(name), self.decide, self.samples)
-        stochastic = target.has_members
-        select = self.budget.select if stochastic and len(candidates) > 1 else 1
-        chosen = (
-            torch.stack([correct(target, c, y, select) for c in candidates]).argmin(0) if len(candidates) > 1 else 0
-        )
-        worst = candidates[chosen, torch.arange(len(y))]
-        hits = hit_table(target, worst, y, self.budget.draws if stochastic else 1)  # (B, E)
-        select_hits = hit_table(target, worst, y, self.budget.select if stochastic else 1).float().mean(1)
+        inside = (candidates - x).abs().max() <= self.radius(name) + 1e-5 or name == "clean"
+        if not (inside and candidates.min() >= 0 and candidates.max() <= 1):
+            raise RuntimeError(f"attack {name} left the eps-ball or [0, 1]; this is a bug in the attack")
+        reseed(seed_for("score", name, start, self.config["seed"]), self.defence)
+        target = self.target(name, self.decide)
+        select = torch.stack([hits(target, c, y, self.budget.select).float().mean(1) for c in candidates])  # (N, B)
+        chosen = select.argmin(0)
+        worst = candidates[chosen, torch.arange(len(y), device=chosen.device)]
         write_npz(
             self.file(f"score-{name}", start),
             worst=worst.cpu().numpy(),
-            hits=hits.cpu().numpy(),
-            select=select_hits.cpu().numpy(),
+            hits=hits(target, worst, y, self.budget.draws).cpu().numpy(),
+            select=select.min(0).values.cpu().numpy(),
         )
 
     def run(self, names: list[str], rank: int, ranks: int) -> None:
@@ -297,23 +452,27 @@ class Evaluation:
         for done, (start, name) in enumerate(bar):
             bar.set_postfix_str(f"{name}, pictures from {start}")
             if not self.file(name, start).is_file():
-                self.attack(name, start)
-            self.score(name, start)
-            if rank == 0 and not sys.stderr.isatty():
-                each = (time.monotonic() - began) / (done + 1)
-                left = each * (len(mine) - done - 1)
-                pictures = min(self.budget.chunk, len(self.labels) - start)
-                print(f"{name:>12}  pictures {start}-{start + pictures - 1}  {left:5.0f} s left", flush=True)
+                self.patiently(lambda name=name, start=start: self.attack(name, start))
+            self.patiently(lambda name=name, start=start: self.score(name, start))
+            if rank == 0:
+                with np.load(self.file(f"score-{name}", start)) as file:
+                    right, pictures = file["hits"].mean(), len(file["hits"])
+                seconds = time.monotonic() - began
+                left = seconds / (done + 1) * (len(mine) - done - 1)
+                tqdm.write(
+                    f"{name:>12}  pictures {start}-{start + pictures - 1}  right {right:6.1%}  {left:6.0f} s left"
+                )
 
 
-def hit_table(target: Target, x: torch.Tensor, y: torch.Tensor, draws: int) -> torch.Tensor:
+def hits(target: Target, x: torch.Tensor, y: torch.Tensor, draws: int) -> torch.Tensor:
     """Is each of `draws` independent answers correct? (B, E)"""
-    parts = [target.draws(x, min(5, draws - done)) for done in range(0, draws, 5)]
-    return torch.cat(parts, dim=1).argmax(2) == y[:, None]
-
-
-def correct(target: Target, x: torch.Tensor, y: torch.Tensor, draws: int) -> torch.Tensor:
-    return hit_table(target, x, y, draws).float().mean(1)
+    z = target.draw(x, draws)
+    right = torch.zeros(len(x), draws, dtype=torch.bool, device=x.device)
+    for rows, n, columns in target.parts(len(x), draws):
+        first = columns.start // target.samples
+        answers = target.draws(x[rows], n, None if z is None else z[rows, columns]).argmax(2)
+        right[rows, first : first + n] = answers == y[rows, None]
+    return right
 
 
 def write_npz(path: Path, **arrays) -> None:
@@ -324,186 +483,108 @@ def write_npz(path: Path, **arrays) -> None:
     write_atomically(path, write)
 
 
-# ------------------------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------------------------- the audit
 
 
-def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
-    """95 % interval of a mean of n numbers in [0, 1] (Wilson; for expectations between 0 and 1 it is on the wide
-    side)."""
-    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+def audit(e: Evaluation, count: int = 8, draws: int = 10) -> dict:
+    """Before any attack: do the gradients that an attack would follow exist, and are they the derivative?
 
-
-def summary(values: np.ndarray) -> dict:
-    mean = float(np.mean(values))
-    return {"accuracy": mean, "interval": wilson(mean, len(values))}
-
-
-def gather(e: Evaluation, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """All units of work put together: attack -> arrays over the pictures, and sums of counts."""
-    table = {}
-    for name in names:
-        files = [dict(np.load(e.file(name, start))) for start in e.starts]
-        scores = [dict(np.load(e.file(f"score-{name}", start))) for start in e.starts]
-        table[name] = {k: np.concatenate([s[k] for s in scores]) for k in ("worst", "hits", "select")}
-        table[name]["during"] = np.concatenate([f["during"] for f in files])
-        for count in ("pictures", "gradients", "nonfinite", "zero", "nonfinite_logits", "seconds"):
-            table[name][count] = float(sum(f[count] for f in files))
-    return table
-
-
-def report(e: Evaluation, names: list[str]) -> dict:
-    """report.json, report.md, rows.tsv and samples.png from the units of work. Returns what report.json holds."""
-    table, n = gather(e, names), len(e.labels)
-    of_carso = [name for name in names if ATTACKS[name][0] == "carso"]
-    # The worst attack of each picture is chosen by the selection draws and reported on the fresh ones.
-    chosen = np.stack([table[name]["select"] for name in of_carso]).argmin(0)
-    fresh = np.stack([table[name]["hits"].mean(1) for name in of_carso])
-    result = {
-        "checkpoint": e.config["checkpoint"],
-        "dataset": e.config["dataset"],
-        "n": n,
-        "eps": e.eps,
-        "samples": e.samples,
-        "clean": summary(table["clean"]["hits"].mean(1)),
-        "noise": summary(table["noise"]["hits"].mean(1)),
-        "classifier": {"clean": summary(classifier_hits(e))},
-        "attacks": {},
-        "robust": summary(fresh[chosen, np.arange(n)]),
-        "audit": audit(table),
-        "config": e.config,
-        "environment": environment(e.device),
-    }
-    for name in names:
-        if name in ("clean", "noise"):
-            continue
-        t = table[name]
-        result["attacks"][name] = {
-            "target": ATTACKS[name][0],
-            **summary(t["hits"].mean(1)),
-            "worst_draw": float(t["hits"].all(1).mean()),
-            "during": float(t["during"].mean()),
-            "steps": e.budget.steps,
-            "eot": e.budget.eot if ATTACKS[name][0] == "carso" else 1,
-            "nonfinite_gradients": t["nonfinite"] / max(t["gradients"], 1),
-            "zero_gradients": t["zero"] / max(t["gradients"], 1),
-            "passes_per_picture": t["pictures"] / n,
-            "seconds": t["seconds"],
-        }
-    write_text(e.folder / "report.json", json.dumps(result, indent=1))
-    write_text(e.folder / "report.md", markdown(result, e))
-    write_text(e.folder / "rows.tsv", rows(table, e))
-    draw_samples(e, table, of_carso, chosen)
-    return result
-
-
-def audit(table) -> dict:
-    messages = []
-    for name, t in table.items():
-        if t["nonfinite_logits"]:
-            messages.append(f"{name}: {t['nonfinite_logits']:.0f} logits vectors were not finite")
-        share = t["nonfinite"] / max(t["gradients"], 1)
-        if share:
-            messages.append(f"{name}: {share:.1%} of the gradients were not finite; the attack could not see the model")
-        share = t["zero"] / max(t["gradients"], 1)
-        if share > 0.5:
+    On the first pictures, through the view that the attacks see (and, for a defence with members, our APGD's others):
+    finite logits; for each single draw a gradient that is finite and not exactly zero (of pictures that this draw
+    classifies correctly: DLR is rightly flat elsewhere); in float64 the same decisions, gradients that point the same
+    way, and a directional derivative that agrees with finite differences, which a detached part or a made-up gradient
+    fails.
+    """
+    x, y = e.pictures(0)
+    x, y = x[:count], y[:count]
+    members = hasattr(e.defence, "member_logits")
+    views = {(e.config["view"], loss) for loss in LOSSES} | (set(OBJECTIVES) if members else set())
+    rows, messages = [], []
+    for view, loss in sorted(views):
+        if view == "sum-exp" and loss == "ce":
+            continue  # a saturated softmax: no attack of ours uses it
+        reseed(seed_for("audit", view, loss, e.config["seed"]), e.defence)
+        target = Target(e.defence, VIEWS[view], e.samples, e.limit)
+        row = {"view": view if members else "output", "loss": loss} | gradient_shares(target, x, y, loss, draws)
+        row |= against_float64(target, x, y, loss)
+        name = f"{loss.upper()} through {row['view']}"
+        if row["nonfinite_logits"] > 0:
+            messages.append(f"{name}: {row['nonfinite_logits']:.1%} of the outputs are not finite")
+        if row["nonfinite"] > 0:
             messages.append(
-                f"{name}: {share:.1%} of the gradients were exactly zero; the attack could not see the model"
+                f"{name}: {row['nonfinite']:.1%} of the gradients are not finite, so an attack does not move"
             )
-    return {"passed": not messages, "messages": messages}
-
-
-@torch.no_grad()
-def classifier_hits(e: Evaluation) -> np.ndarray:
-    parts = [(e.carso.classifier(x).argmax(1) == y).cpu() for x, y in map(e.pictures, e.starts)]
-    return torch.cat(parts).double().numpy()
-
-
-def environment(device) -> dict:
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.processor()
-    return {
-        "device": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def percent(part: dict) -> str:
-    low, high = part["interval"]
-    return f"{100 * part['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def eps_text(eps: float) -> str:
-    """8/255 where it is one, else a decimal."""
-    return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else f"{eps:g}"
-
-
-def markdown(r: dict, e: Evaluation) -> str:
-    full = e.budget.steps >= 100 and e.budget.eot >= 20
-    c = e.config
-    lines = [
-        f"# {r['dataset']}: CARSO at eps {eps_text(r['eps'])}, S = {r['samples']}, {r['n']} test pictures",
-        "",
-        "The paper's budget."
-        if full
-        else "**Reduced budget**: an upper bound on the robust accuracy, not a benchmark number.",
-        f"Accuracies in %, with 95 % intervals, each the expectation over {e.budget.draws} fresh draws of the noise.",
-        "",
-        "| model | attack | accuracy | every draw right | during the attack | non-finite / zero gradients | seconds |",
-        "|---|---|---|---|---|---|---|",
-        f"| classifier | none | {percent(r['classifier']['clean'])} | | | | |",
-        f"| CARSO | none | {percent(r['clean'])} | | | | |",
-        f"| CARSO | uniform noise | {percent(r['noise'])} | | | | |",
-    ]
-    for name, a in r["attacks"].items():
-        lines.append(
-            f"| {'CARSO' if a['target'] == 'carso' else 'classifier'} | AutoAttack {name}, {a['steps']} steps, "
-            f"EoT {a['eot']} | {percent(a)} | {100 * a['worst_draw']:.1f} | {100 * a['during']:.1f} | "
-            f"{100 * a['nonfinite_gradients']:.1f} / {100 * a['zero_gradients']:.1f} % | {a['seconds']:.0f} |"
-        )
-    lines += [
-        f"| **CARSO** | **worst of all, picture by picture** | **{percent(r['robust'])}** | | | | |",
-        "",
-        "Audit passed." if r["audit"]["passed"] else "**Audit failed.** " + "; ".join(r["audit"]["messages"]) + ".",
-        "",
-        f"Checkpoint {c['checkpoint']} (sha256 {c['sha256'][:16]}), seed {c['seed']}, aggregation {c['aggregation']}; "
-        + ", ".join(f"{k} {v}" for k, v in r["environment"].items())
-        + ".",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def rows(table, e: Evaluation) -> str:
-    lines = ["picture\tlabel\tattack\tduring\tright\tdraws\tselect"]
-    for name, t in table.items():
-        for i, hits in enumerate(t["hits"]):
-            lines.append(
-                f"{i}\t{e.labels[i]}\t{name}\t{int(t['during'][i])}\t{hits.sum()}\t{len(hits)}\t{t['select'][i]:.3f}"
+        if row["zero"] > 0:
+            messages.append(f"{name}: {row['zero']:.1%} of the gradients are exactly zero, so an attack does not move")
+        if row["same_decision"] is not None and row["same_decision"] < 1:
+            messages.append(f"{name}: only {row['same_decision']:.1%} of the decisions are the same in float64")
+        if row["cosine"] is not None and not row["cosine"] > 0.99:
+            messages.append(f"{name}: gradients in float32 and float64 differ (cosine {row['cosine']:.3f})")
+        if row["derivative"] is not None and not abs(row["derivative"] - 1) < 0.02:
+            messages.append(
+                f"{name}: the gradient is not the derivative of the loss (finite differences give "
+                f"{row['derivative']:.3g} of what it claims); something in the path is detached or made up"
             )
-    return "\n".join(lines) + "\n"
+        rows.append(row)
+    return {"passed": not messages, "messages": messages, "rows": rows}
 
 
-@torch.no_grad()
-def draw_samples(e: Evaluation, table, names, chosen, count: int = 8) -> None:
-    """samples.png, a row a picture: clean | adversarial (the worst) | their difference, magnified | six
-    reconstructions."""
-    x, _ = e.pictures(0)
-    x = x[:count]
-    worst = np.stack([table[names[chosen[i]]]["worst"][i] for i in range(len(x))])
-    adversarial = torch.from_numpy(worst).to(x)
-    difference = 0.5 + (adversarial - x) / (2 * e.eps) if e.eps else torch.full_like(x, 0.5)
-    reseed(0, e.carso)
-    tiles = [x, adversarial, difference, *e.carso.purify(adversarial, e.carso.draw(x, 6)).unbind(1)]
-    grid = make_grid(torch.stack(tiles, 1).flatten(0, 1).cpu(), nrow=len(tiles), padding=2, pad_value=1.0)
-    grid = F.interpolate(grid[None], scale_factor=2, mode="nearest")[0]
-    write_atomically(e.folder / "samples.png", lambda temporary: save_image(grid, temporary, format="png"))
+def gradient_shares(target: Target, x, y, loss: str, draws: int) -> dict:
+    """Shares over pictures and single draws: not finite logits, not finite gradients, gradients of exactly zero."""
+    counts = dict.fromkeys(("nonfinite_logits", "nonfinite", "zero"), 0.0)
+    considered = 0
+    for _ in range(draws):
+        lead = x.clone().requires_grad_()
+        logits = target(lead)
+        values = LOSSES[loss](logits, y)
+        gradient = torch.autograd.grad(values.sum(), lead)[0] if values.requires_grad else torch.zeros_like(x)
+        right = logits.argmax(1) == y
+        flat = gradient.flatten(1)
+        counts["nonfinite_logits"] += (~logits.isfinite()).any(1).sum().item() / (len(x) * draws)
+        counts["nonfinite"] += (~flat.isfinite()).any(1).sum().item() / (len(x) * draws)
+        counts["zero"] += ((flat == 0).all(1) & right).sum().item()
+        considered += right.sum().item()
+    counts["zero"] /= max(considered, 1)
+    return counts
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+def against_float64(target: Target, x, y, loss: str) -> dict:
+    """The same draw in float64: share of equal decisions, smallest cosine of the gradients over the pictures, and the
+    median over the pictures of (finite difference along the gradient) / (what the gradient claims). None where a model
+    draws noise of its own, which cannot be held fixed across the two, or where there is no gradient."""
+    double = Target(copy.deepcopy(target.model).double(), target.view, target.samples, target.limit)
+    z = target.draw(x)
+    seed = torch.initial_seed()
+
+    def losses(which, pictures, noise):
+        torch.manual_seed(seed)  # for a model that draws from the global generator
+        logits = which.draws(pictures, 1, noise)[:, 0]
+        return logits, LOSSES[loss](logits, y)
+
+    def gradient(which, pictures, noise):
+        lead = pictures.clone().requires_grad_()
+        logits, values = losses(which, lead, noise)
+        g = torch.autograd.grad(values.sum(), lead)[0] if values.requires_grad else torch.zeros_like(lead)
+        return logits.detach().double(), g.double().flatten(1)
+
+    z64 = None if z is None else z.double()
+    logits32, g32 = gradient(target, x, z)
+    logits64, g64 = gradient(double, x.double(), z64)
+    norm = g64.norm(dim=1)
+    usable = norm.isfinite() & (norm > 0) & g32.isfinite().all(1)
+    result = {"same_decision": None, "cosine": None, "derivative": None}
+    stochastic = z is None and not torch.equal(target(x), target(x))
+    if not stochastic:
+        result["same_decision"] = (logits32.argmax(1) == logits64.argmax(1)).double().mean().item()
+    if usable.any():
+        if not stochastic:
+            result["cosine"] = F.cosine_similarity(g32, g64).masked_select(usable).median().item()
+        h = 1e-5  # along a direction of length 1
+        direction = (g64 / norm.clamp(min=1e-300)[:, None]).nan_to_num().view_as(x)
+        with torch.no_grad():
+            up, down = (losses(double, x.double() + sign * h * direction, z64)[1] for sign in (1, -1))
+        result["derivative"] = ((up - down) / (2 * h) / norm)[usable].median().item()
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -511,16 +592,26 @@ def write_text(path: Path, text: str) -> None:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="a carso.pt that train.py wrote")
-    parser.add_argument("--attack", nargs="+", default=["standard", "rand"], choices=[*ATTACKS, "all"])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", help="a carso.pt that train.py wrote")
+    what.add_argument(
+        "--model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns an nn.Module"
+    )
+    names = f"any of {', '.join(ATTACKS)}; paper: its whole protocol; all: the union (default: standard rand)"
+    parser.add_argument(
+        "--attack", nargs="+", default=["standard", "rand"], choices=[*ATTACKS, *GROUPS], metavar="NAME", help=names
+    )
     parser.add_argument("--eps", type=parse_number, help="radius in pixels, such as 8/255 (default: the training's)")
     parser.add_argument("--samples", type=int, help="S, reconstructions a picture (default: the checkpoint's)")
-    parser.add_argument("--aggregation", choices=AGGREGATIONS, default="robust")
+    parser.add_argument("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
+    parser.add_argument("--view", choices=VIEWS, help="what attacks see (default: the decision's own)")
+    parser.add_argument("--sweep", choices=SWEEPS, help="repeat one attack over a range of this, with a plot")
     parser.add_argument("--budget", choices=BUDGETS, help="default: reduced for digits, paper for the rest")
     parser.add_argument("--dataset", help="default: the one it was trained on")
     parser.add_argument("--data-dir", help="default: as in training")
     parser.add_argument("--out", type=Path, help="folder (default: beside the checkpoint, named after the settings)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=1024, help="pictures at a time, for memory (default: 1024)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group = parser.add_argument_group("budget", "any number of the budget can be overridden")
     for field in dataclasses.fields(Budget):
@@ -532,45 +623,109 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(args) -> tuple[Evaluation, list[str]]:
+def load_model(args) -> tuple[nn.Module, dict, Path]:
+    """The defence, what its checkpoint says of its training, and the file it came from."""
+    if args.ckpt:
+        return *load_checkpoint(args.ckpt, args.device), Path(args.ckpt)
+    file, _, function = args.model.partition(":")
+    if not Path(file).is_file() or not function:
+        raise ValueError(f"--model wants FILE.py:FUNCTION, and there is no file {file}" if function else
+                         f"--model wants FILE.py:FUNCTION, not {args.model}")  # fmt: skip
+    if args.dataset is None:
+        raise ValueError("--model needs --dataset: its own does not stand in a checkpoint")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ValueError(f"{file} has no function {function}")
+    return getattr(module, function)().eval().to(args.device), {}, Path(file)
+
+
+def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     """Everything that can be refused is refused here, with ValueError or OSError."""
-    carso, state = load_checkpoint(args.ckpt, args.device)
+    model, state, source = load_model(args)
     name = args.dataset or state["dataset"]
     data = datasets.load(name, args.data_dir or state.get("data_dir", "data"))
-    trained_on = tuple(carso.purifier.config["image_shape"]), carso.classifier.config["num_classes"]
-    given = tuple(data.test_images.shape[1:]), len(data.classes)
-    if given != trained_on:
-        raise ValueError(
-            f"{args.ckpt} takes pictures {trained_on[0]} of {trained_on[1]} classes; "
-            f"{name} has {given[0]} of {given[1]}"
-        )
+    if hasattr(model, "purifier"):
+        trained_on = tuple(model.purifier.config["image_shape"]), model.classifier.config["num_classes"]
+        given = tuple(data.test_images.shape[1:]), len(data.classes)
+        if given != trained_on:
+            raise ValueError(
+                f"{source} takes pictures {trained_on[0]} of {trained_on[1]} classes; "
+                f"{name} has {given[0]} of {given[1]}"
+            )
     budget = BUDGETS[args.budget or ("reduced" if name == "digits" else "paper")]
     overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(Budget)}
     budget = dataclasses.replace(budget, **{k: v for k, v in overrides.items() if v is not None})
     budget = dataclasses.replace(budget, n=min(budget.n, len(data.test_labels)))
-    if min(v for v in dataclasses.asdict(budget).values()) <= 0:
-        raise ValueError("every number of the budget must be positive")
-    eps = state["config"]["eps"] if args.eps is None else args.eps
+    if min(dataclasses.asdict(budget).values()) <= 0 or args.limit < 1:
+        raise ValueError("every number of the budget, and --limit, must be positive")
+    eps = args.eps if args.eps is not None else state.get("config", {}).get("eps", 8 / 255)
     if not 0 <= eps <= 1:
         raise ValueError(f"--eps {eps:g} is not a distance between pixels in [0, 1]; write 8/255, say")
-    samples = args.samples or carso.samples
+    samples = getattr(model, "samples", 1) if args.samples is None else args.samples
     if samples < 1:
         raise ValueError("--samples must be 1 or more")
-    names = list(ATTACKS) if "all" in args.attack else [n for n in ATTACKS if n in (*args.attack, "clean", "noise")]
-    with open(args.ckpt, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    asked = [n for a in args.attack for n in GROUPS.get(a, [a])]
+    names = [n for n in ATTACKS if n in ("clean", "noise", *asked)]
+    skipped = [n for n in names if ATTACKS[n].needs and not hasattr(model, ATTACKS[n].needs)]
+    names = [n for n in names if n not in skipped]
+    skipped = [f"{n} (the model has no {ATTACKS[n].needs})" for n in skipped]
     config = dict(
-        checkpoint=str(args.ckpt), sha256=checksum, dataset=name, eps=eps, samples=samples,
-        aggregation=args.aggregation, seed=args.seed, **dataclasses.asdict(budget),
+        checkpoint=str(args.ckpt or args.model), sha256=hashlib.sha256(source.read_bytes()).hexdigest(), dataset=name,
+        eps=eps, samples=samples, aggregation=args.aggregation, view=args.view or AGGREGATIONS[args.aggregation][1],
+        seed=args.seed, **dataclasses.asdict(budget),
     )  # fmt: skip
-    folder = args.out or Path(args.ckpt).parent / (
-        f"eval-eps{eps_text(eps).replace('/', '_')}-S{samples}-n{budget.n}-steps{budget.steps}-eot{budget.eot}-"
+    folder = args.out or source.parent / (
+        f"eval-eps{report.eps_text(eps).replace('/', '_')}-S{samples}-n{budget.n}-steps{budget.steps}-eot{budget.eot}-"
         + hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=3).hexdigest()
     )
     check_config(folder / "config.json", config, "--out")
-    return Evaluation(
-        carso, data.test_images[: budget.n], data.test_labels[: budget.n], config, budget, folder, args.device
-    ), names
+    images, labels = data.test_images[: budget.n], data.test_labels[: budget.n]
+    return Evaluation(model, images, labels, config, budget, folder, args.device, args.limit), names, skipped
+
+
+# ------------------------------------------------------------------------------------------------------------ sweeps
+
+SWEEPS = {
+    "eps": [v / 255 for v in (0, 2, 4, 8, 16, 32, 64, 128)],
+    "steps": [1, 5, 10, 20, 50, 100, 200],
+    "eot": [1, 5, 20, 100],
+    "samples": [1, 2, 4, 8, 16, 32],
+}
+
+
+def at(e: Evaluation, what: str, value) -> Evaluation:
+    """The same evaluation with one number changed, in a folder of its own inside."""
+    text = report.eps_text(value).replace("/", "_") if what == "eps" else str(value)
+    budget = dataclasses.replace(e.budget, **{what: value}) if what in ("steps", "eot") else e.budget
+    folder = e.folder / f"sweep-{what}" / text
+    return Evaluation(e.defence, e.images, e.labels, e.config | {what: value}, budget, folder, e.device, e.limit)
+
+
+def sweep(e: Evaluation, what: str, rank: int, ranks: int) -> None:
+    """sweep-WHAT.tsv: accuracy under our APGD on cross-entropy (and under noise) at every value of the sweep."""
+    lines = [f"{what}\tclean\tnoise\tapgd-ce\tn"]
+    for value in SWEEPS[what]:
+        point = at(e, what, value)
+        point.run(["clean", "noise", "apgd-ce"], rank, ranks)
+        if rank == 0:
+            wait(point, ["clean", "noise", "apgd-ce"])
+            table = report.gather(point, ["clean", "noise", "apgd-ce"])
+            lines.append(
+                "\t".join([f"{value:.6g}", *(f"{t['hits'].mean():.4f}" for t in table.values()), str(len(e.labels))])
+            )
+            print(f"{what} {lines[-1]}", flush=True)
+    if rank == 0:
+        report.write_text(e.folder / f"sweep-{what}.tsv", "\n".join(lines) + "\n")
+        subprocess.run([sys.executable, Path(__file__).parent / "plot.py", e.folder], check=False)
+
+
+def wait(e: Evaluation, names: list[str]) -> None:
+    """Until the other processes have finished their last chunks."""
+    while not all(e.file(f"score-{name}", start).is_file() for name in names for start in e.starts):
+        time.sleep(0.5)
 
 
 def main() -> int:
@@ -580,27 +735,27 @@ def main() -> int:
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        e, names = prepare(args)
+        e, names, skipped = prepare(args)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     try:
+        audited = e.patiently(lambda: audit(e)) if rank == 0 else None
+        for message in audited["messages"] if audited else ():
+            print(f"audit: {message}", file=sys.stderr, flush=True)
+        if args.sweep:
+            sweep(e, args.sweep, rank, ranks)
+            return 0 if rank or audited["passed"] else 3
         e.run(names, rank, ranks)
+        if rank > 0:
+            return 0
+        wait(e, names)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last finished chunk", file=sys.stderr)
         return 130
-    if rank > 0:
-        return 0
-    missing = [1]
-    while missing:  # the other processes' last chunks
-        missing = [1 for name in names for start in e.starts if not e.file(f"score-{name}", start).is_file()]
-        if missing:
-            time.sleep(1)
-    result = report(e, names)
+    result = report.write(e, names, audited, skipped)
     print((e.folder / "report.md").read_text())
     print(f"written to {e.folder}")
-    for message in result["audit"]["messages"]:
-        print(f"audit: {message}", file=sys.stderr)
     return 0 if result["audit"]["passed"] else 3
 
 

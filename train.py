@@ -87,7 +87,8 @@ PAPER = Preset()
 PRESETS = {
     "digits": Preset(  # ours: minutes on two CPU cores
         depth=10, width=1, classifier_epochs=18, classifier_batch_size=64, classifier_learning_rate=0.1,
-        classifier_ramp=6, classifier_attack_steps=5, classifier_bn_momentum=0.1, augment=False,
+        classifier_ramp=6, classifier_attack_steps=5, classifier_bn_momentum=0.1,
+        classifier_weight_decay=1e-4, augment=False,
         condition_dim=64, latent_dim=16, decoder_width=64,
         epochs=24, batch_size=64, learning_rate=4e-3, learning_rate_start=5e-9, learning_rate_end=4e-6,
         warmup=3, plateau=6, kl_from=3, kl_to=6, eps=0.2, attack_steps=10, attack_step_size=0.05,

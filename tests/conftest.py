@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path.insert(0, str(ROOT))
 
-from models import WideResNet, representation_layers  # noqa: E402
+from models import WideResNet, record, representation_layers  # noqa: E402
 from purifier import CARSO, build_carso  # noqa: E402
 
 # The parts of the reference's purifier, by our names: (reference part, reference key prefix) for each of our prefixes.
@@ -86,11 +86,29 @@ def reference_carso(wrn_10_2) -> CARSO:
     return carso.eval()
 
 
+def fresh_carso(num_classes: int, samples: int, **sizes) -> CARSO:
+    """An untrained CARSO for grey pictures whose answers depend on the picture: BatchNorm's statistics are those of
+    some pictures (with the initial ones, the signal dies out on its way through the layers and gradients are rounding
+    noise)."""
+    torch.manual_seed(0)
+    classifier, layers = WideResNet(num_classes, 10, 1, in_channels=1), representation_layers(10)
+    x = torch.rand(16, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        classifier.train()(x)
+        classifier.logits.weight.mul_(10)
+        carso = build_carso(classifier, layers, (1, 32, 32), samples, **sizes)
+        for module in carso.purifier.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.momentum = 1.0
+        carso.train().purifier(x, record(carso.classifier, layers, x)[1])
+        carso.purifier.decoder[-2].weight.mul_(10)
+    return carso.eval()
+
+
 @pytest.fixture
 def tiny_carso() -> CARSO:
-    """A fresh CARSO of a few thousand parameters, 5 classes, one channel."""
-    torch.manual_seed(0)
-    classifier = WideResNet(5, 10, 1, in_channels=1)
-    return build_carso(
-        classifier, representation_layers(10), (1, 32, 32), 3, condition_dim=16, latent_dim=4, decoder_width=16
-    )
+    """A few thousand parameters, 5 classes, one channel."""
+    return fresh_carso(5, samples=3, condition_dim=16, latent_dim=4, decoder_width=16)

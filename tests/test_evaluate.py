@@ -7,12 +7,29 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import fresh_carso
 from test_train import run
+from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
-from evaluate import AGGREGATIONS, Target, climb, naive_log_odds, sum_of_exponentials, wilson
-from models import WideResNet, representation_layers
-from purifier import build_carso, save_checkpoint
+from attacks import apgd, project
+from evaluate import (
+    AGGREGATIONS,
+    ATTACKS,
+    BUDGETS,
+    VIEWS,
+    Budget,
+    Evaluation,
+    Target,
+    audit,
+    climb,
+    naive_log_odds,
+    reseed,
+    seed_for,
+    sum_of_exponentials,
+)
+from purifier import save_checkpoint
+from report import resubmission, wilson
 
 TINY = (
     "--pictures 6 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 3 --device cpu "
@@ -24,10 +41,7 @@ TINY = (
 def folder(tmp_path_factory):
     """A checkpoint of a fresh CARSO for the digits."""
     folder = tmp_path_factory.mktemp("evaluate")
-    torch.manual_seed(0)
-    classifier = WideResNet(10, 10, 1, in_channels=1)
-    sizes = dict(condition_dim=8, latent_dim=4, decoder_width=8)
-    carso = build_carso(classifier, representation_layers(10), (1, 32, 32), samples=2, **sizes)
+    carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
     save_checkpoint(folder / "carso.pt", carso, dataset="digits", data_dir="data", config={"eps": 0.2})
     run(folder, "--ckpt", "carso.pt", "--out", "whole", *TINY, script="evaluate.py")
     return folder
@@ -134,14 +148,196 @@ def test_target_counts_gradients_that_are_not_there(tiny_carso):
 
 def test_views_decide_alike():
     logits = torch.randn(200, 8, 10, generator=torch.Generator().manual_seed(0))
-    decision = AGGREGATIONS["robust"](logits).argmax(1)
+    decision = AGGREGATIONS["robust"][0](logits).argmax(1)
+    assert torch.equal(VIEWS["logsumexp"](logits).argmax(1), decision)
     assert torch.equal(sum_of_exponentials(logits).argmax(1), decision)
     small = 0.1 * logits  # where the naive view does not saturate
-    assert torch.equal(naive_log_odds(small).argmax(1), AGGREGATIONS["robust"](small).argmax(1))
+    assert torch.equal(naive_log_odds(small).argmax(1), AGGREGATIONS["robust"][0](small).argmax(1))
     assert sum_of_exponentials(1e4 * logits).isfinite().all()
+    for decide, view in AGGREGATIONS.values():  # the view that stands in for a decision agrees with it where all agree
+        alike = logits + 20 * one_hot(torch.arange(200) % 10, 10)[:, None]
+        assert torch.equal(VIEWS[view](alike).argmax(1), decide(alike).argmax(1))
 
 
 def test_wilson_interval_of_textbook_values():
     assert_close(wilson(0.5, 100), [0.40383, 0.59617], rtol=1e-4, atol=0)
     low, high = wilson(0.0, 20)
     assert low == 0 and high == pytest.approx(0.16113, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------- the audit, and planted failures
+
+
+def audited(model, view="logsumexp") -> dict:
+    config = dict(eps=0.1, samples=getattr(model, "samples", 1), view=view, aggregation="robust", seed=0)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 1, 32, 32), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():  # labels that the model gets right: DLR is rightly flat elsewhere
+        labels = model(images / 255).argmax(1)
+    return audit(Evaluation(model, images, labels, config, BUDGETS["reduced"], None, "cpu", 64), draws=8)
+
+
+class Around(torch.nn.Module):
+    """A model with something between it and its caller."""
+
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change, self.calls = model, change, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.change(self, x)
+
+
+def confident(model):
+    """The same decisions with logits that are large, as those of a trained network are."""
+    model.classifier.logits.weight.data *= 30
+    model.classifier.logits.bias.data *= 30
+    return model
+
+
+def detached_half(self, x):
+    return self.model(x) + self.model(x.detach())
+
+
+def nan_once_in_many(self, x):
+    return self.model(x) * (torch.nan if self.calls % 8 == 5 and torch.is_grad_enabled() else 1.0)
+
+
+PLANTED = {
+    "detached": (lambda self, x: self.model(x.detach()), "exactly zero"),
+    "detached in a part": (detached_half, "not the derivative"),
+    "argmax": (lambda self, x: one_hot(self.model(x).argmax(1), 5).float(), "exactly zero"),
+    "saturated": (lambda self, x: (1e6 * self.model(x)).softmax(1), "exactly zero"),
+    "straight through": (lambda self, x: self.model(x + ((8 * x).round() / 8 - x).detach()), "not the derivative"),
+    "NaN in one draw of many": (nan_once_in_many, "not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_audit_catches_a_planted_failure(tiny_carso, kind):
+    change, sentence = PLANTED[kind]
+    found = audited(Around(tiny_carso.classifier.eval(), change))
+    assert not found["passed"] and any(sentence in message for message in found["messages"]), found
+
+
+def test_audit_catches_the_references_output(tiny_carso):
+    found = audited(confident(tiny_carso), view="naive-odds")
+    assert not found["passed"] and "through naive-odds" in " ".join(found["messages"])
+
+
+def test_audit_passes_what_masks_nothing(tiny_carso):
+    for model in (tiny_carso, tiny_carso.classifier):
+        found = audited(model)
+        assert found["passed"], found["messages"]
+    noisy = Around(tiny_carso.classifier, lambda self, x: self.model(x + 0.01 * torch.randn_like(x)))
+    found = audited(noisy)
+    assert found["passed"], found["messages"]
+
+
+def test_a_failed_audit_is_status_3_and_the_numbers_are_written(folder):
+    (folder / "masked.py").write_text(
+        "import torch\nfrom models import WideResNet\n\n"
+        "class Masked(WideResNet):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward((x * 4).round() / 4)\n\n"
+        "def build():\n    torch.manual_seed(0)\n    return Masked(10, 10, 1, in_channels=1)\n"
+    )
+    options = [
+        "--model",
+        "masked.py:build",
+        "--dataset",
+        "digits",
+        "--eps",
+        "0.2",
+        *TINY[:-3],
+        "--attack",
+        "apgd",
+        "transfer",
+    ]
+    output = run(folder, *options, "--out", "masked", code=3, script="evaluate.py")
+    assert "exactly zero" in output and "Skipped: transfer (the model has no classifier)" in output
+    report = json.loads((folder / "masked" / "report.json").read_text())
+    assert not report["audit"]["passed"] and report["attacks"]["apgd"]["accuracy"] >= 0
+
+
+# ------------------------------------------------------------------------------------------------------- the attacks
+
+
+@pytest.mark.parametrize("name", [n for n in ATTACKS if "0.95" not in n])
+def test_every_attack_stays_in_the_ball_and_follows_its_seed(tiny_carso, name):
+    x, y = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+    budget = Budget(n=3, steps=3, eot=2, pgd_steps=2, queries=3, targets=2, select=2, draws=2, chunk=3)
+    found = []
+    for _ in range(2):
+        reseed(seed_for(name), tiny_carso)
+        model = tiny_carso.classifier if ATTACKS[name].on == "classifier" else tiny_carso
+        candidates, during = ATTACKS[name].run(Target(model, limit=5), x, y, 0.1, budget)
+        assert (candidates - x).abs().max() <= 0.1 + 1e-6 and candidates.min() >= 0 and candidates.max() <= 1
+        assert candidates.shape[1:] == x.shape and during.shape == (3,) and during.dtype == torch.bool
+        found.append(candidates)
+    assert torch.equal(*found)
+    assert all(p.grad is None for p in tiny_carso.parameters())
+
+
+def test_memory_limit_changes_nothing(tiny_carso):
+    x, y = torch.rand(3, 1, 32, 32), torch.tensor([0, 1, 2])
+    z = torch.randn(3, 6 * 2, 4)
+    results = [climb(Target(tiny_carso, samples=2, limit=n), y, "ce", 6, z)(x) for n in (1000, 7, 1)]
+    for losses, gradient in results[1:]:
+        assert_close(losses, results[0][0])
+        assert (gradient - results[0][1]).norm() < 1e-3 * gradient.norm()
+
+
+def test_out_of_memory_halves_and_goes_on(tiny_carso):
+    config = dict(eps=0.1, samples=2, view="logsumexp", aggregation="robust")
+    e = Evaluation(tiny_carso, torch.zeros(1), torch.zeros(1), config, BUDGETS["reduced"], None, "cpu", 64)
+
+    def hungry():
+        if e.limit > 16:
+            raise torch.cuda.OutOfMemoryError
+        return "done"
+
+    assert e.patiently(hungry) == "done" and e.limit == 16
+
+
+def test_apgd_finds_the_planted_adversarial_example():
+    """A binarisation test (Zimmermann et al. 2022): a random network's readout is trained so that its surroundings are
+    one class, but for a planted point. An attack that fails here finds nothing anywhere."""
+    torch.manual_seed(0)
+    x, eps = torch.full((1, 1, 8, 8), 0.5), 0.1
+    features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 200), torch.nn.Tanh()).double()
+    inner = project(x + 0.5 * eps * torch.empty(300, 1, 8, 8).uniform_(-1, 1), x, eps)
+    planted = x + eps * torch.empty_like(x).uniform_(-1, 1).sign()
+    with torch.no_grad():
+        points = features(torch.cat([x, inner, planted]).double())
+        sides = torch.cat([-torch.ones(301), torch.ones(1)]).double()
+        weights = torch.linalg.lstsq(points, 3 * sides[:, None], driver="gelsd").solution[:, 0]
+
+    def losses_and_gradient(pictures):
+        lead = pictures.double().requires_grad_()
+        values = features(lead) @ weights
+        (gradient,) = torch.autograd.grad(values.sum(), lead)
+        return values.detach().float(), gradient.float()
+
+    assert losses_and_gradient(x)[0].item() < 0 and (losses_and_gradient(inner)[0] < 0).all()
+    best, loss = apgd(losses_and_gradient, x, eps, 50, x)
+    assert loss.item() > 0 and (best - x).abs().max() <= eps + 1e-6
+
+
+def test_resubmission_is_the_chance_that_all_are_right():
+    right = np.array([[1] * 10, [1] * 9 + [0], [0] * 10], dtype=bool)
+    assert resubmission(right, (1, 2, 10, 100)) == {
+        "1": pytest.approx((1 + 0.9 + 0) / 3),
+        "2": pytest.approx((1 + 36 / 45 + 0) / 3),
+        "10": pytest.approx(1 / 3),
+    }
+
+
+def test_sweep_has_a_row_a_value_and_a_plot(folder):
+    run(
+        folder, "--ckpt", "carso.pt", "--out", "swept", *TINY, "--sweep", "eot", "--pictures", "3", script="evaluate.py"
+    )
+    lines = (folder / "swept" / "sweep-eot.tsv").read_text().splitlines()
+    assert lines[0].split("\t") == ["eot", "clean", "noise", "apgd-ce", "n"] and len(lines) == 5
+    assert (folder / "swept" / "sweep-eot.png").stat().st_size > 1000

@@ -1,0 +1,262 @@
+"""The report of an evaluation, from its units of work: report.json, report.md, rows.tsv, samples.png.
+
+Everything here is counting and formatting; nothing is attacked or drawn again. `e` is evaluate.py's Evaluation.
+"""
+
+import json
+import math
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
+
+from purifier import write_atomically
+
+# Accuracies in % that the paper reports (its tables 2, 3 and 15): classifier clean, AutoAttack; CARSO rand, PGD+EoT.
+PUBLISHED = {
+    "cifar10": {"classifier clean": 92.16, "standard": 67.73, "rand": 76.13, "pgd-eot": 76.89},
+    "cifar100": {"classifier clean": 73.85, "standard": 39.18, "rand": 66.65},
+    "tinyimagenet": {"classifier clean": 65.19, "standard": 31.30, "rand": 53.56},
+}
+
+
+def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
+    """95 % interval of a mean of n numbers in [0, 1] (Wilson; for expectations between 0 and 1 it is on the wide
+    side)."""
+    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def summary(values: np.ndarray) -> dict:
+    mean = float(np.mean(values))
+    return {"accuracy": mean, "interval": wilson(mean, len(values))}
+
+
+def resubmission(right: np.ndarray, times=(1, 10, 100)) -> dict[str, float]:
+    """Accuracy when the attacker may submit the same picture r times and needs one success: for k of m draws right, the
+    chance that r of them drawn without replacement are all right, C(k, r) / C(m, r); unbiased for r <= m."""
+    m, k = right.shape[1], right.sum(1)
+    return {str(r): float(np.mean([math.comb(int(n), r) / math.comb(m, r) for n in k])) for r in times if r <= m}
+
+
+def gather(e, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """All units of work put together: attack -> arrays over the pictures, and sums of counts."""
+    table = {}
+    for name in names:
+        files = [dict(np.load(e.file(name, start))) for start in e.starts]
+        scores = [dict(np.load(e.file(f"score-{name}", start))) for start in e.starts]
+        table[name] = {k: np.concatenate([s[k] for s in scores]) for k in ("worst", "hits", "select")}
+        table[name]["during"] = np.concatenate([f["during"] for f in files])
+        table[name]["candidates"] = len(files[0]["candidates"])
+        for count in ("pictures", "gradients", "nonfinite", "zero", "nonfinite_logits", "seconds"):
+            table[name][count] = float(sum(f[count] for f in files))
+    return table
+
+
+def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
+    """report.json, report.md, rows.tsv and samples.png from the units of work. Returns what report.json holds."""
+    table, n = gather(e, names), len(e.labels)
+    counted = [name for name in names if e.attacks[name].on == "defence" and e.attacks[name].eps is None]
+    # The worst attack of each picture is chosen by the selection draws and reported on the fresh ones.
+    chosen = np.stack([table[name]["select"] for name in counted]).argmin(0)
+    fresh = np.stack([table[name]["hits"] for name in counted])[chosen, np.arange(n)]
+    result = {
+        "checkpoint": e.config["checkpoint"],
+        "dataset": e.config["dataset"],
+        "n": n,
+        "eps": e.eps,
+        "samples": e.samples,
+        "clean": summary(table["clean"]["hits"].mean(1)) | {"resubmitted": resubmission(table["clean"]["hits"])},
+        "noise": summary(table["noise"]["hits"].mean(1)),
+        "classifier": {"clean": summary(classifier_hits(e))} if hasattr(e.defence, "classifier") else {},
+        "attacks": {},
+        "robust": summary(fresh.mean(1))
+        | {"worst_draw": float(fresh.all(1).mean()), "resubmitted": resubmission(fresh)},
+        "skipped": skipped,
+        "config": e.config,
+        "environment": environment(e.device),
+    }
+    for name in names:
+        t = table[name]
+        if name in ("clean", "noise"):
+            continue
+        result["attacks"][name] = {
+            "target": e.attacks[name].on,
+            "eps": e.radius(name),
+            **summary(t["hits"].mean(1)),
+            "worst_draw": float(t["hits"].all(1).mean()),
+            "during": float(t["during"].mean()),
+            "steps": {"pgd-eot": e.budget.pgd_steps, "square": e.budget.queries}.get(name, e.budget.steps),
+            "eot": 1 if e.attacks[name].on == "classifier" or name in ("fixed-noise", "transfer") else e.budget.eot,
+            "candidates": t["candidates"],
+            "nonfinite_gradients": t["nonfinite"] / max(t["gradients"], 1),
+            "zero_gradients": t["zero"] / max(t["gradients"], 1),
+            "passes_per_picture": t["pictures"] / n,
+            "seconds": t["seconds"],
+        }
+    messages = audited["messages"] + during_attacks(table)
+    result["audit"] = {"passed": not messages, "messages": messages, "rows": audited["rows"]}
+    result["masking"] = signs_of_masking(result)
+    write_text(e.folder / "report.json", json.dumps(result, indent=1))
+    write_text(e.folder / "report.md", markdown(result, e))
+    write_text(e.folder / "rows.tsv", rows(table, e))
+    draw_samples(e, table, counted, chosen)
+    return result
+
+
+def during_attacks(table) -> list[str]:
+    """The audit along the attacks. Exact zeros are natural once a picture is lost (DLR) or by chance: half is too
+    many."""
+    messages = []
+    for name, t in table.items():
+        if t["nonfinite_logits"]:
+            messages.append(f"{name}: {t['nonfinite_logits']:.0f} outputs were not finite during the attack")
+        for kind, limit in (("nonfinite", 0.0), ("zero", 0.5)):
+            share = t[kind] / max(t["gradients"], 1)
+            if share > limit:
+                word = {"nonfinite": "not finite", "zero": "exactly zero"}[kind]
+                messages.append(f"{name}: {share:.1%} of the gradients were {word} during the attack")
+    return messages
+
+
+def signs_of_masking(r: dict, slack: float = 0.03) -> list[str]:
+    """What should not happen when gradients guide the attacks (evaluation by Athalye et al. 2018, Carlini et al.
+    2019)."""
+    found, accuracy = [], {name: a["accuracy"] for name, a in r["attacks"].items() if a["target"] == "defence"}
+    white = [accuracy[name] for name in ("rand", "pgd-eot", "apgd", "apgd-ce") if name in accuracy]
+    if not white:
+        return found
+    best = min(white)
+    if r["noise"]["accuracy"] < best - slack:
+        found.append("uniform noise beats the white-box attacks")
+    for name, text in (
+        ("square", "the black-box attack (square) beats the white-box attacks"),
+        ("transfer", "transfer from the bare classifier beats the direct attacks"),
+        ("fixed-noise", "the attack on fixed noise is stronger than the ones that average over draws"),
+    ):
+        if name in accuracy and accuracy[name] < best - slack:
+            found.append(text)
+    if "rand-0.95" in accuracy and accuracy["rand-0.95"] > accuracy.get("noise-0.95", 1.0):
+        found.append("at eps 0.95 the attack does less than noise")
+    return found
+
+
+@torch.no_grad()
+def classifier_hits(e) -> np.ndarray:
+    parts = [(e.defence.classifier(x).argmax(1) == y).cpu() for x, y in map(e.pictures, e.starts)]
+    return torch.cat(parts).double().numpy()
+
+
+def environment(device) -> dict:
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.processor()
+    return {
+        "device": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def percent(part: dict) -> str:
+    low, high = part["interval"]
+    return f"{100 * part['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def eps_text(eps: float) -> str:
+    """8/255 where it is one, else a decimal."""
+    return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else f"{eps:g}"
+
+
+def markdown(r: dict, e) -> str:
+    c, b, published = e.config, e.budget, PUBLISHED.get(r["dataset"], {})
+    full = b.steps >= 100 and b.eot >= 20
+    shown = r["robust"]["resubmitted"]
+    lines = [
+        f"# {r['dataset']}: {c['checkpoint']} at eps {eps_text(r['eps'])}, S = {r['samples']}, {r['n']} test pictures",
+        "",
+        ("The paper's budget. " if full else "**Reduced budget**: upper bounds, not benchmark numbers. ")
+        + f"Accuracies in % with 95 % intervals, each the expectation over {b.draws} fresh draws of the noise after "
+        f"the worst candidate was chosen on {b.select} others. Decision: {c['aggregation']}; attacks see: {c['view']}.",
+        "",
+        "| model | attack | steps x draws | accuracy | every draw right | during the attack | published "
+        "| gradients not finite / zero | passes a picture | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def line(model, attack, part, **more):
+        cells = [more.get(k, "") for k in ("work", "worst", "during", "published", "shares", "passes", "seconds")]
+        work, *rest = cells
+        lines.append("| " + " | ".join([model, attack, work, percent(part), *rest]) + " |")
+
+    if r["classifier"]:
+        line("classifier", "none", r["classifier"]["clean"], published=str(published.get("classifier clean", "")))
+    line("defence", "none", r["clean"])
+    line("defence", "uniform noise", r["noise"])
+    for name, a in r["attacks"].items():
+        line(
+            a["target"],
+            name,
+            a,
+            work=f"{a['steps']} x {a['eot']}",
+            worst=f"{100 * a['worst_draw']:.1f}",
+            during=f"{100 * a['during']:.1f}",
+            published=str(published.get(name, "")),
+            shares=f"{100 * a['nonfinite_gradients']:.1f} / {100 * a['zero_gradients']:.1f} %",
+            passes=f"{a['passes_per_picture']:.0f}",
+            seconds=f"{a['seconds']:.0f}",
+        )
+    line("**defence**", "**worst of all**", r["robust"], worst=f"{100 * r['robust']['worst_draw']:.1f}")
+    lines += ["", "Audit passed." if r["audit"]["passed"] else "**Audit failed**: these numbers are not robustness."]
+    lines += [f"- {message}" for message in r["audit"]["messages"]]
+    lines += ["", "No sign of masked gradients." if not r["masking"] else "**Signs of masked gradients**:"]
+    lines += [f"- {message}" for message in r["masking"]]
+    lines += [f"\nSkipped: {name}" for name in r["skipped"]]
+    lines += [
+        "",
+        "Submitted "
+        + ", ".join(
+            f"{k} times: {100 * v:.1f} (clean {100 * r['clean']['resubmitted'][k]:.1f})" for k, v in shown.items()
+        ),
+        "",
+        f"Checkpoint sha256 {c['sha256'][:16]}, seed {c['seed']}; "
+        + ", ".join(f"{k} {v}" for k, v in r["environment"].items())
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rows(table, e) -> str:
+    lines = ["picture\tlabel\tattack\tduring\tright\tdraws\tselect"]
+    for name, t in table.items():
+        for i, right in enumerate(t["hits"]):
+            cells = (i, int(e.labels[i]), name, int(t["during"][i]), right.sum(), len(right), f"{t['select'][i]:.3f}")
+            lines.append("\t".join(map(str, cells)))
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def draw_samples(e, table, names, chosen, count: int = 8) -> None:
+    """samples.png, a row a picture: clean | adversarial (the worst) | their difference, magnified | six
+    reconstructions."""
+    x, _ = e.pictures(0)
+    x = x[:count]
+    worst = np.stack([table[names[chosen[i]]]["worst"][i] for i in range(len(x))])
+    adversarial = torch.from_numpy(worst).to(x)
+    difference = 0.5 + (adversarial - x) / (2 * e.eps) if e.eps else torch.full_like(x, 0.5)
+    tiles = [x, adversarial, difference.clamp(0, 1)]
+    if hasattr(e.defence, "purify"):
+        e.defence.manual_seed(0)
+        tiles += e.defence.purify(adversarial, e.defence.draw(x, 6)).unbind(1)
+    grid = make_grid(torch.stack(tiles, 1).flatten(0, 1).cpu(), nrow=len(tiles), padding=2, pad_value=1.0)
+    grid = F.interpolate(grid[None], scale_factor=2, mode="nearest")[0]
+    write_atomically(e.folder / "samples.png", lambda temporary: save_image(grid, temporary, format="png"))
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text))
