@@ -4,6 +4,7 @@
     python evaluate.py --ckpt runs/digits/carso.pt --attack all                 # everything we know
     python evaluate.py --ckpt runs/digits/carso.pt --view naive-odds            # the reference's output: the audit
     fails python evaluate.py --ckpt runs/digits/carso.pt --sweep eps                  # also steps, eot, samples
+    python evaluate.py --published DIR --dataset cifar10 --attack paper         # the authors' released weights
     python evaluate.py --model mine.py:build --dataset cifar10 --attack all     # any function that returns an nn.Module
     torchrun --nproc_per_node=8 evaluate.py --ckpt runs/cifar10/carso.pt --attack all
 
@@ -40,7 +41,7 @@ import report
 from aggregate import log_probabilities, majority_vote, mean_logits, mean_probabilities, robust_logits
 from attacks import LOSSES, apgd, ascend, parse_number, project
 from models import keep_freed_memory
-from purifier import check_config, load_checkpoint, write_atomically
+from purifier import check_config, load_checkpoint, load_published, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------- budgets
 
@@ -627,6 +628,12 @@ def load_model(args) -> tuple[nn.Module, dict, Path]:
     """The defence, what its checkpoint says of its training, and the file it came from."""
     if args.ckpt:
         return *load_checkpoint(args.ckpt, args.device), Path(args.ckpt)
+    if args.published:
+        if args.dataset is None:
+            raise ValueError("--published needs --dataset: cifar10, cifar100 or tinyimagenet")
+        data = datasets.load(args.dataset, args.data_dir or "data")
+        model = load_published(args.published, len(data.classes), tuple(data.test_images.shape[1:]))
+        return model.to(args.device), {}, next(Path(args.published).glob("*decoder.safetensors"))
     file, _, function = args.model.partition(":")
     if not Path(file).is_file() or not function:
         raise ValueError(f"--model wants FILE.py:FUNCTION, and there is no file {file}" if function else
@@ -672,11 +679,17 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     skipped = [n for n in names if ATTACKS[n].needs and not hasattr(model, ATTACKS[n].needs)]
     names = [n for n in names if n not in skipped]
     skipped = [f"{n} (the model has no {ATTACKS[n].needs})" for n in skipped]
-    config = dict(
-        checkpoint=str(args.ckpt or args.model), sha256=hashlib.sha256(source.read_bytes()).hexdigest(), dataset=name,
-        eps=eps, samples=samples, aggregation=args.aggregation, view=args.view or AGGREGATIONS[args.aggregation][1],
-        seed=args.seed, **dataclasses.asdict(budget),
-    )  # fmt: skip
+    config = {
+        "checkpoint": str(args.ckpt or args.published or args.model),
+        "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "dataset": name,
+        "eps": eps,
+        "samples": samples,
+        "aggregation": args.aggregation,
+        "view": args.view or AGGREGATIONS[args.aggregation][1],
+        "seed": args.seed,
+        **dataclasses.asdict(budget),
+    }
     folder = args.out or source.parent / (
         f"eval-eps{report.eps_text(eps).replace('/', '_')}-S{samples}-n{budget.n}-steps{budget.steps}-eot{budget.eot}-"
         + hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=3).hexdigest()

@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from aggregate import robust_logits
-from models import WideResNet, load_state, read_tensors, record
+from models import (
+    WideResNet,
+    load_published_classifier,
+    load_state,
+    read_tensors,
+    record,
+    representation_layers,
+)
 
 # ---------------------------------------------------------------------------------------------------------- blocks
 
@@ -340,3 +347,29 @@ def load_published_purifier(carso: CARSO, repr_compressors, repr_fcn_compressor,
         }
         load_state(module, weights, path)
     return carso.eval()
+
+
+PUBLISHED_PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
+
+
+def load_published(folder, num_classes: int, image_shape, samples: int = 8) -> CARSO:
+    """The authors' released defence from the folder that holds their four safetensors files: the classifier's, and
+    those whose names end with PUBLISHED_PARTS. D, Z and the widths are read off the tensors. Raises ValueError."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    parts = {part: [f for f in files if f.stem.endswith(part)] for part in PUBLISHED_PARTS}
+    classifiers = [f for f in files if not f.stem.endswith(PUBLISHED_PARTS)]
+    for what, found in {**parts, "the classifier's weights": classifiers}.items():
+        if len(found) != 1:
+            raise ValueError(f"{folder} should hold exactly one .safetensors file of {what}, not {len(found)}")
+    classifier = load_published_classifier(classifiers[0], num_classes)
+    paths = {part: found[0] for part, found in parts.items()}
+    shapes = {part: {k: v.shape for k, v in read_tensors(path).items()} for part, path in paths.items()}
+    try:
+        condition_dim = shapes["repr_fcn_compressor"]["1.0.weight"][0]
+        latent_dim = shapes["decoder"]["0.1.weight"][1] - condition_dim
+        decoder_width = shapes["decoder"]["1.0.weight"][0]
+    except KeyError as missing:
+        raise ValueError(f"{folder} is not the authors' purifier: there is no tensor {missing}") from None
+    sizes = dict(condition_dim=condition_dim, latent_dim=latent_dim, decoder_width=decoder_width)
+    layers = representation_layers(classifier.config["depth"])
+    return load_published_purifier(build_carso(classifier, layers, image_shape, samples, **sizes), **paths)

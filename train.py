@@ -13,6 +13,7 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -102,6 +103,15 @@ PRESETS = {
 }  # fmt: skip
 
 
+# What the CARSO authors' own copies of the published classifiers are, and their clean accuracy (paper, table 2).
+BUCKET = "https://bucket.ballarin.cc/aimldl/carso2024cnn/"
+PUBLISHED = {
+    "cifar10": ("cifar_10_cuiwrn2810/models/cifar10_a3_b10_t4_20m_w.safetensors", 0.9216),
+    "cifar100": ("cifar_100_cuiwrn2810/models/cifar100_a5_b12_t4_50m_w.safetensors", 0.7385),
+    "tinyimagenet": ("tinyimagenet_wangwrn2810/models/tiny_linf_wrn28_10_w.safetensors", 0.6519),
+}
+
+
 def learning_rate(epoch: float, p: Preset) -> float:
     """Linear warm-up, plateau, linear anneal (table 14); stepped by epoch."""
     knots = [0, p.warmup, p.warmup + p.plateau, p.epochs]
@@ -174,6 +184,15 @@ class Ranks:
         if self.count > 1:
             dist.all_reduce(values)
         return values
+
+    @contextlib.contextmanager
+    def one_by_one(self):
+        """One process of each node goes first (it downloads and caches), then the others."""
+        if self.count > 1 and int(os.environ["LOCAL_RANK"]) > 0:
+            dist.barrier()
+        yield
+        if self.count > 1 and int(os.environ["LOCAL_RANK"]) == 0:
+            dist.barrier()
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over the ranks, and BatchNorm over the global batch."""
@@ -496,7 +515,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--data-dir", default="data", help="where downloads and caches go (default: data)")
     parser.add_argument("--preset", choices=PRESETS, help="default: the data set's own, cifar10's for a path")
     parser.add_argument("--name", help="folder under runs/ (default: the data set's name)")
-    parser.add_argument("--classifier", default="train", help="'train' (default), or a file of published weights")
+    parser.add_argument("--classifier", help="'train', 'published' (the paper's, downloaded), or a file of weights "
+                        "(default: published for cifar10, cifar100 and tinyimagenet, train elsewhere)")  # fmt: skip
     parser.add_argument("--trust-pickle", action="store_true", help="open such a file even if it runs code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -525,17 +545,18 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         scale = p.epochs / PRESETS[name].epochs
         names = [k for k in ("warmup", "plateau", "kl_from", "kl_to") if overrides[k] is None]
         p = dataclasses.replace(p, **{k: max(1, int(getattr(PRESETS[name], k) * scale)) for k in names})
+    if args.classifier is None:
+        as_published = args.dataset in PUBLISHED and (p.depth, p.width) == (PAPER.depth, PAPER.width)
+        args.classifier = "published" if as_published else "train"
+    if args.classifier == "published" and args.dataset not in PUBLISHED:
+        raise ValueError(f"no classifier is published for {args.dataset}; known are {', '.join(PUBLISHED)}")
     return p, args.name or Path(args.dataset).stem
 
 
 def load_data(args, p: Preset, ranks: Ranks) -> datasets.Dataset:
     """One process of each node downloads and caches, the others then read; checks that batches suit data and ranks."""
-    last = ranks.count > 1 and int(os.environ["LOCAL_RANK"]) > 0
-    if last:
-        dist.barrier()
-    data = datasets.load(args.dataset, args.data_dir)
-    if ranks.count > 1 and not last:
-        dist.barrier()
+    with ranks.one_by_one():
+        data = datasets.load(args.dataset, args.data_dir)
     for name, size in (("--batch-size", p.batch_size), ("--classifier-batch-size", p.classifier_batch_size)):
         smallest = min(len(b) for b in datasets.batches(len(data.train_labels), size, 0, 0))
         if smallest < max(2, ranks.count):
@@ -553,10 +574,20 @@ def get_classifier(run: Run, args, data: datasets.Dataset, p: Preset) -> WideRes
     if path.is_file():
         return load_published_classifier(path, len(data.classes)).to(device)
     if args.classifier != "train":
-        classifier = load_published_classifier(
-            args.classifier, len(data.classes), data.mean, data.std, args.trust_pickle
-        ).to(device)
-        run.say(f"classifier: {args.classifier}, clean accuracy {accuracy(classifier, data, 1000):.1%} on 1000")
+        file, expected = Path(args.classifier), None
+        if args.classifier == "published":
+            name, expected = PUBLISHED[args.dataset]
+            file = Path(args.data_dir) / Path(name).name
+            with run.ranks.one_by_one():
+                datasets.download(BUCKET + name, file)
+        mean_std = (data.mean, data.std) if args.dataset not in PUBLISHED else (None, None)
+        classifier = load_published_classifier(file, len(data.classes), *mean_std, args.trust_pickle).to(device)
+        clean = accuracy(classifier, data, 1000)
+        run.say(f"classifier: {file}, clean accuracy {clean:.1%} on {min(1000, len(data.test_labels))} test pictures")
+        if expected is not None and clean < expected - 0.03:
+            raise ValueError(
+                f"{file} should classify {expected:.1%} of clean pictures; this is another file, or other data"
+            )
         return classifier
     classifier = train_classifier(run, data, p)
     attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)

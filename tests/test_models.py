@@ -1,14 +1,25 @@
 """The classifier and the recording hooks."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import TESTS, formula_classifier, golden, picture
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from models import WideResNet, record, representation_layers
+import data
+from models import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    PUBLISHED_NORMALISATION,
+    WideResNet,
+    load_published_classifier,
+    record,
+    representation_layers,
+)
 
 
 @pytest.mark.parametrize("file, depth, width", [("wrn28_10", 28, 10), ("wrn10_2", 10, 2)])
@@ -131,3 +142,93 @@ def test_recording_twice_and_nested_keeps_each_to_its_own(wrn_10_2):
         handle.remove()
     for a, b in zip(outer + inner["representation"], alone + other_alone, strict=True):
         assert_close(a, b, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- published weights
+
+
+def public_weights():
+    return {name: t for name, t in formula_classifier(10, 2).state_dict().items()}
+
+
+LAYOUTS = {
+    "Wang 2023": lambda w: {
+        "model_state_dict": {f"module.0.{k}": v for k, v in w.items()},
+        "unaveraged_model_state_dict": {},
+    },
+    "Cui 2023": lambda w: {
+        "state_dict": {f"module.0.{k}": v for k, v in w.items()} | {"module.0.sub_block1.layer.weight": torch.zeros(1)}
+    },
+    "Cui 2023, twice wrapped": lambda w: {"state_dict": {"model_state_dict": {f"module.{k}": v for k, v in w.items()}}},
+    "RobustBench": lambda w: (
+        {f"module.model.{k}": v for k, v in w.items()}
+        | {"module.mean": torch.full((1, 3, 1, 1), 0.4), "module.std": torch.full((1, 3, 1, 1), 0.2)}
+    ),
+    "bare": lambda w: w,
+    "without counters": lambda w: {k: v for k, v in w.items() if "num_batches" not in k},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_are_recognised_by_content(tmp_path, wrn_10_2, layout):
+    torch.save(LAYOUTS[layout](public_weights()), tmp_path / "some.name")
+    loaded = load_published_classifier(tmp_path / "some.name", 10)
+    x = picture("x", (2, 3, 32, 32))
+    if layout == "RobustBench":
+        assert loaded.config["mean"] == pytest.approx((0.4,) * 3) and loaded.config["std"] == pytest.approx((0.2,) * 3)
+        loaded = load_published_classifier(tmp_path / "some.name", 10, CIFAR10_MEAN, CIFAR10_STD)
+    assert_close(loaded(x), wrn_10_2(x), rtol=0, atol=0)
+    assert not loaded.training
+
+
+def test_safetensors_are_recognised_by_content(tmp_path, wrn_10_2):
+    save_file({k: v.contiguous() for k, v in public_weights().items()}, tmp_path / "weights")
+    x = picture("x", (2, 3, 32, 32))
+    assert_close(load_published_classifier(tmp_path / "weights", 10)(x), wrn_10_2(x), rtol=0, atol=0)
+
+
+def test_published_normalisation_is_that_of_the_data():
+    for name, (mean, std) in data.NORMALISATION.items():
+        assert PUBLISHED_NORMALISATION[{"cifar10": 10, "cifar100": 100, "tinyimagenet": 200}[name]] == (mean, std)
+
+
+WRONG = {
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "web page"),
+    "nothing": (lambda path: None, "no file"),
+    "noise": (lambda path: path.write_bytes(b"\x80\x02 noise"), "not a checkpoint"),
+    "another network": (
+        lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path),
+        "not one of the public WideResNets",
+    ),
+    "other classes": (
+        lambda path: torch.save(public_weights() | {"logits.bias": torch.zeros(7)}, path),
+        "logits.bias \\(7,\\)",
+    ),
+    "a missing key": (
+        lambda path: torch.save({k: v for k, v in public_weights().items() if k != "batchnorm.bias"}, path),
+        "1 missing: batchnorm.bias",
+    ),
+    "an unexpected key": (
+        lambda path: torch.save(public_weights() | {"extra": torch.zeros(1)}, path),
+        "1 unexpected: extra",
+    ),
+    "code": (
+        lambda path: torch.save(public_weights() | {"args": argparse.Namespace()}, path),
+        "holds more than tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_weight_files_get_a_sentence(tmp_path, kind):
+    write, sentence = WRONG[kind]
+    write(tmp_path / "file")
+    with pytest.raises(ValueError, match=sentence):
+        load_published_classifier(tmp_path / "file", 10)
+
+
+def test_old_pickles_open_when_trusted(tmp_path, wrn_10_2):
+    torch.save({"state_dict": public_weights(), "args": argparse.Namespace()}, tmp_path / "file")
+    loaded = load_published_classifier(tmp_path / "file", 10, trust_pickle=True)
+    x = picture("x", (2, 3, 32, 32))
+    assert_close(loaded(x), wrn_10_2(x), rtol=0, atol=0)

@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import TESTS, golden, picture, reference_name, uniform
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from models import WideResNet, record, representation_layers
-from purifier import CARSO, Purifier, build_carso, load_checkpoint, save_checkpoint, vae_loss
+from purifier import (
+    CARSO,
+    PUBLISHED_PARTS,
+    Purifier,
+    build_carso,
+    load_checkpoint,
+    load_published,
+    save_checkpoint,
+    vae_loss,
+)
 
 SIZES = dict(condition_dim=16, latent_dim=4, decoder_width=16)
 
@@ -187,3 +197,39 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not a CARSO checkpoint"):
         load_checkpoint(tmp_path / "other.pt")
+
+
+def published_folder(path, carso):
+    """The authors' four files, made from ours."""
+    path.mkdir()
+    parts = {"classifier": {k: v.contiguous() for k, v in carso.classifier.state_dict().items()}}
+    for key, tensor in carso.purifier.state_dict().items():
+        part, name = reference_name(key).split("/")
+        parts.setdefault(part, {})[name] = tensor.contiguous()
+    save_file(parts["classifier"], path / "cifar10_a3_b10_t4_20m_w.safetensors")
+    for part in PUBLISHED_PARTS:
+        save_file(parts[part], path / f"wrn_28_10_cifar_10_cui_2023_{part}.safetensors")
+    return path
+
+
+def test_the_authors_files_make_their_defence(tmp_path, reference_carso):
+    folder = published_folder(tmp_path / "small", reference_carso)
+    loaded = load_published(folder, 10, (3, 32, 32))
+    x, z = picture("x", (2, 3, 32, 32)), torch.randn(2, 8, 128)
+    assert_close(loaded(x, z), reference_carso(x, z), rtol=0, atol=0)
+    (folder / "wrn_28_10_cifar_10_cui_2023_decoder.safetensors").write_text("<html>")
+    with pytest.raises(ValueError, match="web page"):
+        load_published(folder, 10, (3, 32, 32))
+    (folder / "wrn_28_10_cifar_10_cui_2023_decoder.safetensors").unlink()
+    with pytest.raises(ValueError, match="exactly one .safetensors file of decoder, not 0"):
+        load_published(folder, 10, (3, 32, 32))
+
+
+def test_the_authors_files_at_full_size(tmp_path):
+    sizes = dict(condition_dim=512, latent_dim=128)
+    carso = build_carso(WideResNet(10), representation_layers(28), (3, 32, 32), samples=2, **sizes)
+    loaded = load_published(published_folder(tmp_path / "full", carso), 10, (3, 32, 32))
+    assert parameters(loaded.purifier) == 106_381_537
+    x, z = torch.rand(1, 3, 32, 32), torch.randn(1, 2, 128)
+    with torch.no_grad():
+        assert_close(loaded(x, z), carso(x, z), rtol=0, atol=0)

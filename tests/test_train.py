@@ -1,22 +1,28 @@
 """Schedules and Lookahead against the reference, and the real script on tiny budgets: complete, killed, resumed, on two
 processes, and with wrong input."""
 
+import functools
+import http.server
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, golden, uniform
+from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
+import data
+import train
 from attacks import adversarially_balanced_batch
-from models import WideResNet, record, representation_layers
+from models import WideResNet, load_published_classifier, record, representation_layers
 from purifier import build_carso, load_checkpoint, vae_loss
 from train import PRESETS, Lookahead, kl_weight, learning_rate, refresh_batchnorm
 
@@ -216,3 +222,42 @@ def test_one_step_of_the_full_cifar10_preset():
     assert 0.3 < bce.item() / clean.numel() < 1.5  # an untrained reconstruction: about log 2 a value
     assert all(p.grad is not None and p.grad.isfinite().all() for p in carso.purifier.parameters())
     assert all(p.grad is None for p in carso.classifier.parameters())
+
+
+def test_published_classifier_is_downloaded_and_checked(tmp_path, monkeypatch):
+    """get_classifier with the host replaced by a local one: the file is fetched once; bad accuracy is refused."""
+    served, folder = tmp_path / "served", tmp_path / "runs"
+    served.mkdir()
+    network = WideResNet(10, 10, 1, in_channels=1)
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, served / "weights.safetensors")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setattr(train, "BUCKET", f"http://127.0.0.1:{httpd.server_port}/")
+        args = train.parse_arguments(["--dataset", "digits", "--classifier", "published", "--data-dir", str(tmp_path)])
+        digits = data.load("digits")
+        monkeypatch.setattr(
+            train, "load_published_classifier", lambda f, k, *_: load_published_classifier(f, k, 0.3, 0.3)
+        )
+        run = train.Run(folder, {"seed": 0}, train.Ranks(0, 1, torch.device("cpu")), 600)
+        for expected, accepted in ((0.0, True), (0.99, False)):
+            monkeypatch.setitem(train.PUBLISHED, "digits", ("weights.safetensors", expected))
+            if accepted:
+                assert train.get_classifier(run, args, digits, PRESETS["digits"]).config["depth"] == 10
+                assert (tmp_path / "weights.safetensors").is_file()
+            else:
+                with pytest.raises(ValueError, match="should classify 99.0%"):
+                    train.get_classifier(run, args, digits, PRESETS["digits"])
+        httpd.shutdown()
+
+
+def test_published_is_the_default_where_it_exists():
+    for options, expected in (
+        (["--dataset", "cifar10"], "published"),
+        (["--dataset", "cifar10", "--width", "2"], "train"),
+        (["--dataset", "digits"], "train"),
+        (["--dataset", "mine.npz"], "train"),
+    ):
+        args = train.parse_arguments(options)
+        train.prepare(args)
+        assert args.classifier == expected
