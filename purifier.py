@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from aggregate import robust_logits
 from models import (
@@ -114,6 +115,7 @@ class Purifier(nn.Module):
             image_widths=tuple(image_widths),
             decoder_width=decoder_width,
         )
+        self.recompute = False  # True trades time for memory in training: see _code
         convolutions, side, output_padding, last_kernel = GEOMETRY[height]
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -154,8 +156,13 @@ class Purifier(nn.Module):
 
     def condition(self, representation: list[torch.Tensor]) -> torch.Tensor:
         """List of (B, c_i, h_i, w_i) -> (B, D)."""
-        codes = [encoder(layer).flatten(1) for encoder, layer in zip(self.layer_encoders, representation, strict=True)]
+        codes = [self._code(encoder, layer) for encoder, layer in zip(self.layer_encoders, representation, strict=True)]
         return self.condition_head(torch.cat(codes, dim=1))
+
+    def _code(self, encoder: nn.Module, layer: torch.Tensor) -> torch.Tensor:
+        if self.recompute and self.training:  # inner activations are not kept but computed again in the backward pass
+            return checkpoint(encoder, layer, use_reentrant=False).flatten(1)
+        return encoder(layer).flatten(1)
 
     def encode(self, x: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, W) in [0, 1], (B, D) -> mu, logvar of z given both, each (B, Z)."""

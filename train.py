@@ -59,6 +59,7 @@ class Preset:
     classifier_attack_steps: int = 10  #  PGD, each step eps / 4
     classifier_bn_momentum: float = 0.01  # larger where there are few steps for the running statistics to settle
     augment: bool = True  #               random crop and mirror
+    classifier_bf16: bool = False  #      its training in mixed precision (for GPUs, and CPUs with bf16 instructions)
 
     # The purifier
     condition_dim: int = 512  #           D, table 13
@@ -376,10 +377,11 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
         if p.augment:
             draws = torch.rand((len(indices), 3), generator=generator, device=device)
             x = datasets.crop_and_flip(x, ranks.share(draws))
-        classifier.eval()
-        x = pgd(classifier, x, y, eps, p.classifier_attack_steps, eps / 4, noise=ranks.share(noise))
-        network.train()
-        logits = network(x)
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.classifier_bf16):
+            classifier.eval()
+            x = pgd(classifier, x, y, eps, p.classifier_attack_steps, eps / 4, noise=ranks.share(noise))
+            network.train()
+            logits = network(x).float()
         loss = F.cross_entropy(logits, y, reduction="sum")
         optimizer.param_groups[0]["lr"] = float(lr)
         optimizer.zero_grad()
@@ -429,12 +431,13 @@ def accuracy(model: nn.Module, data: datasets.Dataset, count: int, attack=None) 
 # ------------------------------------------------------------------------------------------- stage two: the purifier
 
 
-def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) -> None:
+def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, micro_batch: int | None = None) -> None:
     """The paper's recipe (sections 4.4 and 5.1): adversarially-balanced batches, summed BCE and KL, RAdam in
     Lookahead."""
     ranks, device = run.ranks, run.ranks.device
     classifier, purifier = carso.classifier, carso.purifier
     network = ranks.wrap(purifier)
+    purifier.recompute = micro_batch is not None
     optimizer = torch.optim.RAdam(purifier.parameters(), lr=p.learning_rate_start, betas=(0.9, 0.999), eps=1e-8)
     lookahead = Lookahead(optimizer, k=6, alpha=0.8)
     count = len(data.train_labels)
@@ -446,12 +449,16 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) ->
         clean, y = datasets.pixels(data.train_images[mine].to(device)), data.train_labels[mine].to(device)
         start = 2 * torch.rand((len(indices), *clean.shape[1:]), generator=generator, device=device) - 1
         latent = torch.randn((len(indices), p.latent_dim), generator=generator, device=device)
-        perturbed = adversarially_balanced_batch(
-            classifier, clean, y, p.eps, p.fraction, p.attack_steps, p.attack_step_size,
-            first=first + int(rows[0]), noise=ranks.share(start),
-        )  # fmt: skip
-        with torch.no_grad():
-            _, representation = record(classifier, carso.layers, perturbed)
+        parts = []  # the classifier's work, micro_batch pictures at a time
+        for part in torch.arange(len(mine)).split(micro_batch or len(mine)):
+            perturbed = adversarially_balanced_batch(
+                classifier, clean[part], y[part], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
+                first=first + int(rows[part[0]]), noise=ranks.share(start)[part],
+            )  # fmt: skip
+            with torch.no_grad():
+                parts.append([perturbed, *record(classifier, carso.layers, perturbed)[1]])
+        perturbed, *representation = parts[0] if len(parts) == 1 else [torch.cat(layer) for layer in zip(*parts)]
+        del parts
         return clean, *network(perturbed, representation, ranks.share(latent))
 
     def step(epoch, number, indices, first):
@@ -520,6 +527,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--trust-pickle", action="store_true", help="open such a file even if it runs code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    micro = (
+        "the classifier's work so many pictures at a time, the purifier's activations computed twice; the same result"
+    )
+    parser.add_argument("--micro-batch", type=int, help=f"to save memory: {micro}")
     parser.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints (default: 10)")
     group = parser.add_argument_group("preset", "every number of the preset can be overridden")
     kinds = {float: parse_number, int: int, bool: switch}
@@ -538,6 +549,8 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         raise ValueError(f"--eps {p.eps:g} is not a distance between pixels in [0, 1]; write 8/255, say")
     if not 0 <= p.fraction <= 1:
         raise ValueError(f"--fraction {p.fraction:g} is not a share between 0 and 1")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        raise ValueError("--micro-batch must be 1 or more")
     if min(p.epochs, p.batch_size, p.classifier_epochs, p.classifier_batch_size, p.samples, p.width) < 1:
         raise ValueError("epochs, batch sizes, samples and width must be 1 or more")
     if p.warmup + p.plateau > p.epochs:  # a shorter run keeps the proportions
@@ -626,7 +639,7 @@ def main() -> int:
         sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
         layers = representation_layers(classifier.config["depth"])
         carso = build_carso(classifier, layers, data.train_images.shape[1:], p.samples, **sizes).to(ranks.device)
-        train_purifier(run, data, carso, p)
+        train_purifier(run, data, carso, p, args.micro_batch)
         if ranks.first:
             state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": config, "classes": data.classes}
             draw_reconstructions(folder / "reconstructions.png", carso, data, p)

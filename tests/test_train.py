@@ -138,19 +138,27 @@ def test_log_holds_means_over_the_epoch(folder):
     assert rows[0, 1] == pytest.approx(rows[0, 2])  # KL weight 0 in the first epoch
 
 
-def test_two_processes_give_the_weights_of_one(folder):
-    """The same numbers up to the order of summation. (With a tiny eps: the sign of a gradient turns a rounding into a
-    step of full length, so that a real attack's pictures differ in a few pixels. RAdam's first five steps follow the
-    bare
-    gradient: with a start rate that makes them count, its scale matters too.)"""
-    options = ("--dataset", "tiny.npz", *TINY, "--eps", "0.00001", "--epochs", "2")
-    options += ("--learning-rate", "1e-3", "--learning-rate-start", "3e-7")
-    run(folder, *options, "--name", "one")
-    output = run(folder, *options, "--name", "two", ranks=2)
-    assert "--batch-size 9 over 2 processes" in output
-    same_weights(folder, "one", "two", rtol=1e-3, atol=1e-3)
-    one, two = (np.loadtxt(folder / "runs" / name / "log.tsv", skiprows=1) for name in ("one", "two"))
-    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+@pytest.fixture(scope="module")
+def calm(folder):
+    """A run with a tiny eps (the sign of a gradient turns a rounding into a step of full length, so that a real
+    attack's pictures differ in a few pixels), and a learning rate that makes RAdam's first five steps count: they
+    follow the bare gradient, so that its scale matters."""
+    options = ["--dataset", "tiny.npz", *TINY, "--eps", "0.00001", "--epochs", "2"]
+    options += ["--learning-rate", "1e-3", "--learning-rate-start", "3e-7"]
+    run(folder, *options, "--name", "calm")
+    return options
+
+
+@pytest.mark.parametrize("how", ["two processes", "micro-batches"])
+def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how):
+    if how == "two processes":
+        output = run(folder, *calm, "--name", how, ranks=2)
+        assert "--batch-size 9 over 2 processes" in output
+    else:
+        run(folder, *calm, "--name", how, "--micro-batch", "4")
+    same_weights(folder, "calm", how, rtol=1e-3, atol=1e-3)
+    one, other = (np.loadtxt(folder / "runs" / name / "log.tsv", skiprows=1) for name in ("calm", how))
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -261,3 +269,10 @@ def test_published_is_the_default_where_it_exists():
         args = train.parse_arguments(options)
         train.prepare(args)
         assert args.classifier == expected
+
+
+def test_mixed_precision_training_of_the_classifier(folder):
+    output = run(folder, "--dataset", "tiny.npz", "--name", "bf16", *TINY, "--classifier-bf16", "true", "--epochs", "1")
+    row = (folder / "runs" / "bf16" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
+    full = (folder / "runs" / "whole" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
+    assert row != full and float(row[1]) == pytest.approx(float(full[1]), rel=0.05), output
