@@ -449,16 +449,21 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
         clean, y = datasets.pixels(data.train_images[mine].to(device)), data.train_labels[mine].to(device)
         start = 2 * torch.rand((len(indices), *clean.shape[1:]), generator=generator, device=device) - 1
         latent = torch.randn((len(indices), p.latent_dim), generator=generator, device=device)
-        parts = []  # the classifier's work, micro_batch pictures at a time
+        whole = None  # the perturbed pictures and their representation, micro_batch pictures at a time
         for part in torch.arange(len(mine)).split(micro_batch or len(mine)):
             perturbed = adversarially_balanced_batch(
                 classifier, clean[part], y[part], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
                 first=first + int(rows[part[0]]), noise=ranks.share(start)[part],
             )  # fmt: skip
             with torch.no_grad():
-                parts.append([perturbed, *record(classifier, carso.layers, perturbed)[1]])
-        perturbed, *representation = parts[0] if len(parts) == 1 else [torch.cat(layer) for layer in zip(*parts)]
-        del parts
+                tensors = [perturbed, *record(classifier, carso.layers, perturbed)[1]]
+            if len(part) == len(mine):
+                whole = tensors
+                break
+            whole = whole or [tensor.new_empty((len(mine), *tensor.shape[1:])) for tensor in tensors]
+            for full, tensor in zip(whole, tensors):
+                full[part] = tensor
+        perturbed, *representation = whole
         return clean, *network(perturbed, representation, ranks.share(latent))
 
     def step(epoch, number, indices, first):
