@@ -289,7 +289,13 @@ def write_atomically(path, write) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch's own for a full disk
+        raise OSError(
+            f"{path} could not be written ({error}); is the disk full? What was there before is whole"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -38,7 +38,16 @@ from tqdm import tqdm
 import data as datasets
 from attacks import adversarially_balanced_batch, parse_number, pgd
 from models import WideResNet, keep_freed_memory, load_published_classifier, record, representation_layers
-from purifier import CARSO, build_carso, check_config, load_checkpoint, save_checkpoint, vae_loss, write_atomically
+from purifier import (
+    CARSO,
+    Purifier,
+    build_carso,
+    check_config,
+    load_checkpoint,
+    save_checkpoint,
+    vae_loss,
+    write_atomically,
+)
 
 # --------------------------------------------------------------------------------------------------------- presets
 
@@ -255,13 +264,22 @@ class Run:
     def __init__(self, folder: Path, config: dict, ranks: Ranks, save_every: float):
         self.folder, self.config, self.ranks, self.save_every = folder, config, ranks, save_every
         self.last_save, self.stopping = time.monotonic(), False
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._stop)
 
-    def _stop(self, *_):
-        if self.stopping:  # a second Ctrl-C does not wait for the step
-            raise KeyboardInterrupt
-        self.stopping = True
+    @contextlib.contextmanager
+    def stopping_gently(self):
+        """Inside, SIGTERM and Ctrl-C only ask to stop after the current step; a second one does not wait."""
+
+        def ask(*_):
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+
+        before = {name: signal.signal(name, ask) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
 
     def say(self, text: str) -> None:
         if self.ranks.first:
@@ -279,7 +297,7 @@ class Run:
         parts: name -> anything with a state_dict; saved and restored together.
         step: trains on the global batch `indices` (of which it takes its rank's rows), whose first picture is number
             `first` since the start, and returns the sums over its rows of what `columns` names.
-        Every epoch's means over all pictures become a row of log.tsv. Returns False if this stage was done before.
+        Every epoch's means over all pictures become a row of log.tsv.
         """
         path = self.folder / f"{stage}.resume.pt"
         epoch_now, step_now, rows, sums = 0, 0, [], torch.zeros(len(columns), dtype=torch.float64)
@@ -391,7 +409,8 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
         return torch.stack([loss.detach(), (logits.argmax(1) == y).sum()])
 
     parts = {"network": classifier, "average": average, "optimizer": optimizer}
-    run.train("classifier", p.classifier_epochs, count, size, parts, ("loss", "robust"), step)
+    with run.stopping_gently():
+        run.train("classifier", p.classifier_epochs, count, size, parts, ("loss", "robust"), step)
     return unwrapped(average.module, WideResNet(**classifier.config)).to(device).eval()
 
 
@@ -481,7 +500,8 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
             draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
 
     parts = {"purifier": purifier, "lookahead": lookahead}
-    run.train("purifier", p.epochs, count, p.batch_size, parts, ("loss", "bce", "kld"), step, picture)
+    with run.stopping_gently():
+        run.train("purifier", p.epochs, count, p.batch_size, parts, ("loss", "bce", "kld"), step, picture)
     lookahead.finish()
 
     def once_through_the_training_set():
@@ -554,6 +574,8 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         raise ValueError(f"--eps {p.eps:g} is not a distance between pixels in [0, 1]; write 8/255, say")
     if not 0 <= p.fraction <= 1:
         raise ValueError(f"--fraction {p.fraction:g} is not a share between 0 and 1")
+    with torch.device("meta"):
+        WideResNet(2, p.depth, p.width)  # says what is wrong with a depth
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError("--micro-batch must be 1 or more")
     if min(p.epochs, p.batch_size, p.classifier_epochs, p.classifier_batch_size, p.samples, p.width) < 1:
@@ -586,27 +608,31 @@ def load_data(args, p: Preset, ranks: Ranks) -> datasets.Dataset:
     return data
 
 
-def get_classifier(run: Run, args, data: datasets.Dataset, p: Preset) -> WideResNet:
-    """Stage one: the one trained before in this folder, one from a file, or a new one."""
-    path, device = run.folder / "classifier.pt", run.ranks.device
+def load_classifier(args, data: datasets.Dataset, ranks: Ranks) -> WideResNet:
+    """Stage one from a file, downloaded if it is the published one; its clean accuracy is checked where we know it."""
+    file, expected = Path(args.classifier), None
+    if args.classifier == "published":
+        name, expected = PUBLISHED[args.dataset]
+        file = Path(args.data_dir) / Path(name).name
+        with ranks.one_by_one():
+            datasets.download(BUCKET + name, file)
+    mean_std = (data.mean, data.std) if args.dataset not in PUBLISHED else (None, None)
+    classifier = load_published_classifier(file, len(data.classes), *mean_std, args.trust_pickle).to(ranks.device)
+    clean = accuracy(classifier, data, 1000)
+    if ranks.first:
+        print(f"classifier: {file}, clean accuracy {clean:.1%} on {min(1000, len(data.test_labels))} test pictures")
+    if expected is not None and clean < expected - 0.03:
+        raise ValueError(
+            f"{file} should classify {expected:.1%} of clean pictures; this is another file, or other data"
+        )
+    return classifier
+
+
+def stage_one(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
+    """Train a classifier, measure it, keep it as classifier.pt; or take the one that this run made before."""
+    path = run.folder / "classifier.pt"
     if path.is_file():
-        return load_published_classifier(path, len(data.classes)).to(device)
-    if args.classifier != "train":
-        file, expected = Path(args.classifier), None
-        if args.classifier == "published":
-            name, expected = PUBLISHED[args.dataset]
-            file = Path(args.data_dir) / Path(name).name
-            with run.ranks.one_by_one():
-                datasets.download(BUCKET + name, file)
-        mean_std = (data.mean, data.std) if args.dataset not in PUBLISHED else (None, None)
-        classifier = load_published_classifier(file, len(data.classes), *mean_std, args.trust_pickle).to(device)
-        clean = accuracy(classifier, data, 1000)
-        run.say(f"classifier: {file}, clean accuracy {clean:.1%} on {min(1000, len(data.test_labels))} test pictures")
-        if expected is not None and clean < expected - 0.03:
-            raise ValueError(
-                f"{file} should classify {expected:.1%} of clean pictures; this is another file, or other data"
-            )
-        return classifier
+        return load_published_classifier(path, len(data.classes)).to(run.ranks.device)
     classifier = train_classifier(run, data, p)
     attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)
     torch.manual_seed(0)
@@ -618,6 +644,26 @@ def get_classifier(run: Run, args, data: datasets.Dataset, p: Preset) -> WideRes
     return classifier
 
 
+def stage_two(run: Run, args, data: datasets.Dataset, classifier: WideResNet, p: Preset) -> None:
+    """Train the purifier, keep the whole defence as carso.pt."""
+    torch.manual_seed(args.seed)
+    sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
+    layers, device = representation_layers(classifier.config["depth"]), run.ranks.device
+    carso = build_carso(classifier, layers, data.train_images.shape[1:], p.samples, **sizes).to(device)
+    train_purifier(run, data, carso, p, args.micro_batch)
+    if not run.ranks.first:
+        return
+    draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
+    purifier = unwrapped(carso.purifier, Purifier(**carso.purifier.config)).to(device)
+    carso = CARSO(classifier, purifier, layers, p.samples)
+    state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": run.config, "classes": data.classes}
+    save_checkpoint(run.folder / "carso.pt", carso, **state)
+    for path in run.folder.glob("*.resume.pt"):
+        path.unlink()
+    run.say(f"CARSO: clean {accuracy(carso, data, 500):.1%} on {min(500, len(data.test_labels))} test pictures")
+    run.say(f"now: python evaluate.py --ckpt {run.folder / 'carso.pt'}")
+
+
 def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
@@ -625,41 +671,34 @@ def main() -> int:
         ranks = start_ranks(args.device)
         p, name = prepare(args)
         folder = Path("runs") / name
+        data = load_data(args, p, ranks)
         config = {"dataset": args.dataset, "classifier": args.classifier, "seed": args.seed, **dataclasses.asdict(p)}
         run = Run(folder, config, ranks, 60 * args.save_every)
-        check_config(folder / "config.json", config, "--name")
-        data = load_data(args, p, ranks)
-        run.say(f"{data.name}: {len(data.train_labels)} training pictures {tuple(data.train_images.shape[1:])}, "
-                f"{len(data.classes)} classes; {ranks.count} process(es) on {ranks.device.type}")  # fmt: skip
-        if data.note:
-            run.say(data.note)
+        if (folder / "config.json").is_file():
+            check_config(folder / "config.json", config, "--name")
         if (folder / "carso.pt").is_file():
             load_checkpoint(folder / "carso.pt")
-            run.say(
-                f"{folder / 'carso.pt'} is complete; use --name for another run, or evaluate.py --ckpt to attack it"
-            )
+            run.say(f"{folder / 'carso.pt'} is complete: attack it with evaluate.py --ckpt, or choose another --name")
             return 0
-        classifier = get_classifier(run, args, data, p)
-        torch.manual_seed(args.seed)
-        sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
-        layers = representation_layers(classifier.config["depth"])
-        carso = build_carso(classifier, layers, data.train_images.shape[1:], p.samples, **sizes).to(ranks.device)
-        train_purifier(run, data, carso, p, args.micro_batch)
+        classifier = None if args.classifier == "train" else load_classifier(args, data, ranks)
         if ranks.first:
-            state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": config, "classes": data.classes}
-            draw_reconstructions(folder / "reconstructions.png", carso, data, p)
-            clean = unwrapped(carso.purifier, type(carso.purifier)(**carso.purifier.config))
-            carso = CARSO(classifier, clean.to(ranks.device), layers, p.samples)
-            save_checkpoint(folder / "carso.pt", carso, **state)
-            for path in folder.glob("*.resume.pt"):
-                path.unlink()
-            run.say(f"CARSO: clean {accuracy(carso, data, 500):.1%} on {min(500, len(data.test_labels))} test pictures")
-            run.say(f"now: python evaluate.py --ckpt {folder / 'carso.pt'}")
+            check_config(folder / "config.json", config, "--name")
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    shape, device = tuple(data.train_images.shape[1:]), ranks.device.type
+    run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, {len(data.classes)} classes; "
+            f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip
+    try:
+        stage_two(run, args, data, classifier or stage_one(run, data, p), p)
     except Stopped as stop:
         run.say(f"stopped at {stop} and saved; the same command goes on from there")
         return 130
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        run.say("stopped; the same command goes on from the last checkpoint")
+        return 130
+    except OSError as error:
+        print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +178,21 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tiny_carso, tmp_path):
     save_checkpoint(path, tiny_carso, epoch=1)
     with pytest.raises((AttributeError, pickle.PicklingError)):
         save_checkpoint(path, tiny_carso, epoch=lambda: "not plain")
+    assert load_checkpoint(path)[1] == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["carso.pt"]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tiny_carso, tmp_path, monkeypatch):
+    path = tmp_path / "carso.pt"
+    save_checkpoint(path, tiny_carso, epoch=1)
+
+    def full(content, file):
+        Path(file).write_bytes(b"half of it")
+        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="is the disk full"):
+        save_checkpoint(path, tiny_carso, epoch=2)
     assert load_checkpoint(path)[1] == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["carso.pt"]
 

@@ -233,8 +233,8 @@ def test_one_step_of_the_full_cifar10_preset():
 
 
 def test_published_classifier_is_downloaded_and_checked(tmp_path, monkeypatch):
-    """get_classifier with the host replaced by a local one: the file is fetched once; bad accuracy is refused."""
-    served, folder = tmp_path / "served", tmp_path / "runs"
+    """load_classifier with the host replaced by a local one: the file is fetched once; bad accuracy is refused."""
+    served = tmp_path / "served"
     served.mkdir()
     network = WideResNet(10, 10, 1, in_channels=1)
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, served / "weights.safetensors")
@@ -247,15 +247,15 @@ def test_published_classifier_is_downloaded_and_checked(tmp_path, monkeypatch):
         monkeypatch.setattr(
             train, "load_published_classifier", lambda f, k, *_: load_published_classifier(f, k, 0.3, 0.3)
         )
-        run = train.Run(folder, {"seed": 0}, train.Ranks(0, 1, torch.device("cpu")), 600)
+        ranks = train.Ranks(0, 1, torch.device("cpu"))
         for expected, accepted in ((0.0, True), (0.99, False)):
             monkeypatch.setitem(train.PUBLISHED, "digits", ("weights.safetensors", expected))
             if accepted:
-                assert train.get_classifier(run, args, digits, PRESETS["digits"]).config["depth"] == 10
+                assert train.load_classifier(args, digits, ranks).config["depth"] == 10
                 assert (tmp_path / "weights.safetensors").is_file()
             else:
                 with pytest.raises(ValueError, match="should classify 99.0%"):
-                    train.get_classifier(run, args, digits, PRESETS["digits"])
+                    train.load_classifier(args, digits, ranks)
         httpd.shutdown()
 
 
