@@ -404,7 +404,8 @@ class Evaluation:
                 return work()
             except torch.cuda.OutOfMemoryError:
                 if self.limit <= 16:
-                    raise
+                    print("evaluate.py: out of memory even so; choose a smaller --chunk", file=sys.stderr)
+                    sys.exit(2)
             torch.cuda.empty_cache()
             self.limit //= 2
             print(f"out of memory: going on with {self.limit} pictures at a time", flush=True)
@@ -719,19 +720,26 @@ def at(e: Evaluation, what: str, value) -> Evaluation:
 
 def sweep(e: Evaluation, what: str, rank: int, ranks: int) -> None:
     """sweep-WHAT.tsv: accuracy under our APGD on cross-entropy (and under noise) at every value of the sweep."""
-    lines = [f"{what}\tclean\tnoise\tapgd-ce\tn"]
+    names, rows = ["clean", "noise", "apgd-ce"], []
     for value in SWEEPS[what]:
         point = at(e, what, value)
-        point.run(["clean", "noise", "apgd-ce"], rank, ranks)
+        point.run(names, rank, ranks)
         if rank == 0:
-            wait(point, ["clean", "noise", "apgd-ce"])
-            table = report.gather(point, ["clean", "noise", "apgd-ce"])
-            lines.append(
-                "\t".join([f"{value:.6g}", *(f"{t['hits'].mean():.4f}" for t in table.values()), str(len(e.labels))])
+            wait(point, names)
+            table = report.gather(point, names)
+            rows.append([value, *(float(table[name]["hits"].mean()) for name in names)])
+            print(
+                f"{what} {value:g}: clean {rows[-1][1]:.1%}, noise {rows[-1][2]:.1%}, attacked {rows[-1][3]:.1%}",
+                flush=True,
             )
-            print(f"{what} {lines[-1]}", flush=True)
     if rank == 0:
+        lines = ["\t".join([what, *names, "n"])]
+        lines += ["\t".join([f"{row[0]:.6g}", *(f"{v:.4f}" for v in row[1:]), str(len(e.labels))]) for row in rows]
         report.write_text(e.folder / f"sweep-{what}.tsv", "\n".join(lines) + "\n")
+        values, _, noise, attacked = zip(*rows)
+        signs = report.signs_in_sweep(what, values, attacked, noise)
+        report.write_text(e.folder / f"sweep-{what}.txt", "\n".join(signs or ["no sign of masked gradients"]) + "\n")
+        print("\n".join(signs or ["no sign of masked gradients"]))
         subprocess.run([sys.executable, Path(__file__).parent / "plot.py", e.folder], check=False)
 
 

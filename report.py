@@ -146,6 +146,21 @@ def signs_of_masking(r: dict, slack: float = 0.03) -> list[str]:
     return found
 
 
+def signs_in_sweep(what: str, values: list[float], attacked: list[float], noise: list[float], slack=0.03) -> list[str]:
+    """The same from a sweep: accuracies under attack and under noise at growing values of `what`."""
+    found = []
+    if what == "eps":
+        if any(later > earlier + slack for earlier, later in zip(attacked, attacked[1:])):
+            found.append("accuracy rises somewhere as eps grows")
+        if attacked[-1] > 0.05:
+            found.append(f"accuracy does not go to zero as eps grows: {attacked[-1]:.1%} at {eps_text(values[-1])}")
+        if any(a > n + slack for a, n in zip(attacked[1:], noise[1:])):
+            found.append("noise beats the attack at some eps")
+    if what == "steps" and attacked[0] < attacked[-1] - slack:
+        found.append("one step beats many")
+    return found
+
+
 @torch.no_grad()
 def classifier_hits(e) -> np.ndarray:
     parts = [(e.defence.classifier(x).argmax(1) == y).cpu() for x, y in map(e.pictures, e.starts)]

@@ -29,7 +29,7 @@ from evaluate import (
     sum_of_exponentials,
 )
 from purifier import save_checkpoint
-from report import resubmission, wilson
+from report import resubmission, signs_in_sweep, signs_of_masking, wilson
 
 TINY = (
     "--pictures 6 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 3 --device cpu "
@@ -332,6 +332,23 @@ def test_resubmission_is_the_chance_that_all_are_right():
         "2": pytest.approx((1 + 36 / 45 + 0) / 3),
         "10": pytest.approx(1 / 3),
     }
+
+
+def test_signs_of_masking_are_seen():
+    noise = [0.9, 0.9, 0.9, 0.8]
+    assert signs_in_sweep("eps", [0, 1, 2, 3], [0.9, 0.5, 0.2, 0.0], noise) == []
+    assert "accuracy rises" in signs_in_sweep("eps", [0, 1, 2, 3], [0.9, 0.5, 0.7, 0.0], noise)[0]
+    masked = signs_in_sweep("eps", [0, 1, 2, 0.5], [0.9, 0.9, 0.9, 0.88], noise)
+    assert len(masked) == 2 and "does not go to zero" in masked[0] and "noise beats" in masked[1]
+    assert signs_in_sweep("steps", [1, 10], [0.2, 0.5], [1, 1]) == ["one step beats many"]
+
+    def result(noise, **attacks):
+        attacks = {k.replace("_", "-"): {"accuracy": v, "target": "defence"} for k, v in attacks.items()}
+        return {"noise": {"accuracy": noise}, "attacks": attacks}
+
+    assert signs_of_masking(result(0.9, rand=0.3, square=0.6, transfer=0.8, fixed_noise=0.3)) == []
+    found = signs_of_masking(result(0.7, rand=0.9, apgd=0.8, square=0.5, transfer=0.5, fixed_noise=0.1))
+    assert len(found) == 4
 
 
 def test_sweep_has_a_row_a_value_and_a_plot(folder):
