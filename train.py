@@ -246,7 +246,15 @@ def start_ranks(device: str | None) -> Ranks:
         return Ranks(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    # A restart by torchrun (--max-restarts) must not read the addresses that the dead processes left in the store.
+    e = os.environ
+    agent = e.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        e["MASTER_ADDR"], int(e["MASTER_PORT"]), int(e["WORLD_SIZE"]), is_master=not agent and e["RANK"] == "0"
+    )
+    store = dist.PrefixStore(f"attempt {e.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=int(e["RANK"]), world_size=int(e["WORLD_SIZE"]))
     own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     return Ranks(dist.get_rank(), dist.get_world_size(), own)
 

@@ -183,6 +183,20 @@ def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stage, how):
     assert logs[0] == logs[1]
 
 
+def test_torchrun_restarts_a_killed_process_and_training_goes_on(folder):
+    options = ("--dataset", "tiny.npz", "--name", "restart", *TINY, "--save-every", "0")
+    how = command(folder, *options, ranks=2)
+    how["args"].insert(3, "--max-restarts=1")
+    process = subprocess.Popen(**how)
+    while not (folder / "runs" / "restart" / "purifier.resume.pt").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=150)[0]
+    assert process.returncode == 0 and "purifier: going on at" in output, output
+    load_checkpoint(folder / "runs" / "restart" / "carso.pt")
+
+
 def test_other_settings_in_the_same_folder_are_refused(folder):
     output = run(folder, "--dataset", "tiny.npz", "--name", "whole", *TINY, "--eps", "1/4", code=2)
     assert "eps: 0.2 there, 0.25 now" in output and "--name" in output
