@@ -596,6 +596,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ckpt", help="a carso.pt that train.py wrote")
+    what.add_argument("--published", metavar="DIR", help="a folder with the CARSO authors' four safetensors files")
     what.add_argument(
         "--model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns an nn.Module"
     )

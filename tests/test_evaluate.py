@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from conftest import fresh_carso
-from test_train import run
+from test_purifier import published_folder
+from test_train import command, run
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
@@ -259,6 +261,31 @@ def test_a_failed_audit_is_status_3_and_the_numbers_are_written(folder):
     assert "exactly zero" in output and "Skipped: transfer (the model has no classifier)" in output
     report = json.loads((folder / "masked" / "report.json").read_text())
     assert not report["audit"]["passed"] and report["attacks"]["apgd"]["accuracy"] >= 0
+
+
+def test_the_authors_defence_from_its_four_files(folder, reference_carso):
+    """Formula weights in the authors' layout through the whole evaluation, at the smallest budget."""
+    published_folder(folder / "theirs", reference_carso)
+    pictures, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10)
+    pictures[:] = np.random.default_rng(0).integers(0, 256, pictures.shape)
+    arrays = dict(train_images=pictures, train_labels=labels, test_images=pictures, test_labels=labels)
+    np.savez(folder / "ten.npz", **arrays)
+    options = [
+        "--published",
+        "theirs",
+        "--dataset",
+        "ten.npz",
+        *TINY,
+        "--pictures",
+        "2",
+        "--steps",
+        "1",
+        "--attack",
+        "rand",
+    ]
+    done = subprocess.run(**command(folder, *options, "--out", "theirs-out", script="evaluate.py"), timeout=200)
+    assert done.returncode in (0, 3), done.stdout  # formula weights need not pass the audit
+    assert json.loads((folder / "theirs-out" / "report.json").read_text())["samples"] == 8
 
 
 # ------------------------------------------------------------------------------------------------------- the attacks
