@@ -229,7 +229,10 @@ def markdown(r: dict, e) -> str:
     line("**defence**", "**worst of all**", r["robust"], worst=f"{100 * r['robust']['worst_draw']:.1f}")
     lines += ["", "Audit passed." if r["audit"]["passed"] else "**Audit failed**: these numbers are not robustness."]
     lines += [f"- {message}" for message in r["audit"]["messages"]]
-    lines += ["", "No sign of masked gradients." if not r["masking"] else "**Signs of masked gradients**:"]
+    lines += [
+        "",
+        "No sign of masked gradients in the accuracies." if not r["masking"] else "**Signs of masked gradients**:",
+    ]
     lines += [f"- {message}" for message in r["masking"]]
     lines += [f"\nSkipped: {name}" for name in r["skipped"]]
     lines += [
