@@ -17,7 +17,8 @@ import sys
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from aggregate import robust_logits
 from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, objective, project
@@ -37,16 +38,6 @@ def ours(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
     optimizer = Lookahead(torch.optim.RAdam(purifier.parameters(), lr=1e-6))
     target = Target(carso, limit=10**9)
 
-    def training_step():
-        carso.train()
-        with torch.no_grad():
-            _, representation = record(classifier, carso.layers, x)
-        loss = vae_loss(*interleave(purifier(x, representation), x), beta=1.0)[0]
-        optimizer.optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        carso.eval()
-
     def inference():
         with torch.no_grad():
             carso(x)
@@ -55,17 +46,24 @@ def ours(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
         "classifier forward": torch.no_grad()(lambda: classifier(x)),
         "classifier gradient": lambda: objective(classifier, y)(x),
         "(a) balanced batch": lambda: adversarially_balanced_batch(classifier, x, y, EPS, 0.5),
-        "(b) training step": training_step,
+        "(b) training step": lambda: training_step(carso, x, optimizer, through_classifier=False),
         "(c) inference": inference,
         "(d) gradient": lambda: objective(carso, y)(x),
         f"EoT of {DRAWS} draws, 4 pictures": lambda: climb(target, y[:4], "ce", DRAWS)(x[:4]),
     }
 
 
-def interleave(output, clean):
-    """Purifier.forward's (reconstruction, mu, logvar) as vae_loss's arguments."""
-    reconstruction, mu, logvar = output
-    return reconstruction, clean, mu, logvar
+def training_step(carso: CARSO, x: torch.Tensor, optimizer: Lookahead, through_classifier: bool) -> None:
+    """One step of the purifier; with or without a graph (and gradients nobody needs) through the classifier."""
+    carso.train()
+    with torch.set_grad_enabled(through_classifier):
+        _, representation = record(carso.classifier, carso.layers, x)
+    reconstruction, mu, logvar = carso.purifier(x, representation)
+    loss, _, _ = vae_loss(reconstruction, x, mu, logvar, beta=1.0)
+    optimizer.optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    carso.eval()
 
 
 # --------------------------------------------------------------------------------------- the same work, the naive way
@@ -113,15 +111,6 @@ def naive(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
                 adversarial = project(adversarial + step, clean, eps)
             out[rows] = adversarial
 
-    def training_step():
-        carso.train()
-        _, representation = record(classifier, carso.layers, x)
-        loss = vae_loss(*interleave(purifier(x, representation), x), beta=1.0)[0]
-        optimizer.optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        carso.eval()
-
     def inference():
         with torch.no_grad():
             members(x)
@@ -134,7 +123,9 @@ def naive(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
         "classifier forward": lambda: classifier(x),
         "classifier gradient": with_parameter_gradients(lambda: gradient(classifier, x, y)),
         "(a) balanced batch": with_parameter_gradients(balanced),
-        "(b) training step": with_parameter_gradients(training_step),
+        "(b) training step": with_parameter_gradients(
+            lambda: training_step(carso, x, optimizer, through_classifier=True)
+        ),
         "(c) inference": inference,
         "(d) gradient": with_parameter_gradients(lambda: gradient(members, x, y)),
         f"EoT of {DRAWS} draws, 4 pictures": with_parameter_gradients(sequential),
@@ -154,10 +145,23 @@ def seconds(work, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+class CountFlop(TorchDispatchMode):
+    """PyTorch's own formulas for each operation. (Its FlopCounterMode also tracks modules, by hooks that forbid
+    autograd.grad, which the attacks use.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if formula := flop_registry.get(operation._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def count_flop(work) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with CountFlop() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def measure(ways: dict[str, dict], device: torch.device, repeats: int) -> dict:

@@ -385,3 +385,26 @@ def test_sweep_has_a_row_a_value_and_a_plot(folder):
     lines = (folder / "swept" / "sweep-eot.tsv").read_text().splitlines()
     assert lines[0].split("\t") == ["eot", "clean", "noise", "apgd-ce", "n"] and len(lines) == 5
     assert (folder / "swept" / "sweep-eot.png").stat().st_size > 1000
+
+
+def test_bench_measures_every_part_both_ways(tmp_path):
+    options = [
+        "--preset",
+        "digits",
+        "--batch-size",
+        "4",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--against",
+        "naive",
+        "--json",
+    ]
+    result = json.loads(run(tmp_path, *options, script="bench.py"))
+    assert len(result["rows"]) == 7 and result["matrix_gflop_per_second"] > 0
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in result["rows"])
+
+
+def test_plot_refuses_a_folder_of_something_else(tmp_path):
+    assert "neither rows.tsv nor sweep" in run(tmp_path, tmp_path, code=2, script="plot.py")
