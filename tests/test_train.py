@@ -161,9 +161,7 @@ def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "stage, how", [("classifier", signal.SIGTERM), ("purifier", signal.SIGINT), ("purifier", signal.SIGKILL)]
-)
+@pytest.mark.parametrize("stage, how", [("classifier", signal.SIGTERM), ("purifier", signal.SIGKILL)])
 def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stage, how):
     name = f"{stage}-{how.name}"
     options = ("--dataset", "tiny.npz", "--name", name, *TINY, "--save-every", "0")
@@ -223,9 +221,27 @@ def test_a_classifier_from_a_file(folder):
         (["--depth", "11"], "6n \\+ 4"),
     ],
 )  # fmt: skip
-def test_wrong_input_gets_a_sentence(tmp_path, options, sentence):
-    output = run(tmp_path, *options, code=2)
-    assert re.search(sentence, output) and "Traceback" not in output
+def test_wrong_input_gets_a_sentence(tmp_path, monkeypatch, capsys, options, sentence):
+    assert re.search(sentence, refusal(train, tmp_path, options, monkeypatch, capsys))
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def refusal(script, folder, options, monkeypatch, capsys) -> str:
+    """What a script's main says when it refuses, with exit status 2."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script.__name__, *options])
+    try:
+        code = script.main()
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    said = capsys.readouterr()
+    assert code == 2, said
+    return said.out + said.err
+
+
+def test_a_refusal_from_the_shell(tmp_path):
+    output = run(tmp_path, "--eps", "8", code=2)
+    assert "write 8/255" in output and "Traceback" not in output
 
 
 def test_one_step_of_the_full_cifar10_preset():
