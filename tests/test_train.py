@@ -167,8 +167,15 @@ def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stage, how):
     options = ("--dataset", "tiny.npz", "--name", name, *TINY, "--save-every", "0")
     process = subprocess.Popen(**command(folder, *options))
     checkpoint = folder / "runs" / name / f"{stage}.resume.pt"
-    while not checkpoint.is_file() and process.poll() is None:
+    wanted = (
+        10 if stage == "purifier" else 1
+    )  # steps; after Lookahead's first synchronisation, at 6, in the second epoch
+    while process.poll() is None:
         time.sleep(0.005)
+        if checkpoint.is_file():  # renamed into place, so it is whole at any moment
+            saved = torch.load(checkpoint, weights_only=True)
+            if 8 * saved["epoch"] + saved["step"] >= wanted:
+                break
     process.send_signal(how)
     output = process.communicate(timeout=100)[0]
     if how != signal.SIGKILL:
