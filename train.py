@@ -588,7 +588,7 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         raise ValueError("--micro-batch must be 1 or more")
     if min(p.epochs, p.batch_size, p.classifier_epochs, p.classifier_batch_size, p.samples, p.width) < 1:
         raise ValueError("epochs, batch sizes, samples and width must be 1 or more")
-    if p.warmup + p.plateau > p.epochs:  # a shorter run keeps the proportions
+    if p.epochs != PRESETS[name].epochs:  # a shorter or longer run keeps the schedule's proportions
         # (but one epoch of warm-up: RAdam's first five steps follow the bare gradient of a summed loss, which is huge)
         scale = p.epochs / PRESETS[name].epochs
         names = [k for k in ("warmup", "plateau", "kl_from", "kl_to") if overrides[k] is None]

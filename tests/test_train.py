@@ -313,3 +313,12 @@ def test_mixed_precision_training_of_the_classifier(folder):
     row = (folder / "runs" / "bf16" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
     full = (folder / "runs" / "whole" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
     assert row != full and float(row[1]) == pytest.approx(float(full[1]), rel=0.05), output
+
+
+def test_a_run_of_another_length_keeps_the_schedules_proportions():
+    p, _ = train.prepare(train.parse_arguments(["--preset", "cifar10", "--dataset", "mine.npz", "--epochs", "40"]))
+    assert (p.warmup, p.plateau, p.kl_from, p.kl_to) == (5, 5, 5, 6)
+    rates = [learning_rate(e, p) for e in range(40)]
+    assert rates[0] == 5e-9 and rates[5] == rates[10] == 0.064 and rates[39] < 0.003
+    p, _ = train.prepare(train.parse_arguments(["--dataset", "digits", "--epochs", "2", "--warmup", "0"]))
+    assert p.warmup == 0 and p.plateau == 1
