@@ -43,15 +43,29 @@ class Conv3x3(nn.Conv2d):
         return super().forward(x if self.stride == (1, 1) else F.pad(x, (0, 1, 0, 1)))
 
 
+class Norm(nn.BatchNorm2d):
+    """BatchNorm2d that in eval mode is what it then amounts to: x * scale + shift, (B, C, H, W) -> (B, C, H, W).
+
+    PyTorch's own keeps x for the backward pass and goes through it again; this one keeps C numbers. In training mode,
+    and where autocast made x bfloat16 (scale and shift would lose digits), it is PyTorch's own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        scale = self.weight / (self.running_var + self.eps).sqrt()  # (C,)
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
+
+
 class Block(nn.Module):
     """BN, SiLU, 3x3 convolution, twice, around a skip connection. Where the number of channels changes, the skip is a
     1x1 convolution of the *activated* input; elsewhere it is the input itself."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.batchnorm_0 = nn.BatchNorm2d(in_channels, momentum=0.01)
+        self.batchnorm_0 = Norm(in_channels, momentum=0.01)
         self.conv_0 = Conv3x3(in_channels, out_channels, stride)
-        self.batchnorm_1 = nn.BatchNorm2d(out_channels, momentum=0.01)
+        self.batchnorm_1 = Norm(out_channels, momentum=0.01)
         self.conv_1 = Conv3x3(out_channels, out_channels)
         if in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -111,20 +125,23 @@ class WideResNet(nn.Module):
             Group(blocks, widths[1], widths[2], stride=2),
             Group(blocks, widths[2], widths[3], stride=2),
         )
-        self.batchnorm = nn.BatchNorm2d(widths[3], momentum=0.01)
+        self.batchnorm = Norm(widths[3], momentum=0.01)
         self.logits = nn.Linear(widths[3], num_classes)
         # Channels-last is the layout that fast convolutions want. The first convolution stays as it is, so that
-        # pictures' gradients are contiguous: AutoAttack and others call view() on them.
+        # pictures' gradients are contiguous: AutoAttack and others call view() on them. Its output is converted once, and
+        # the mean over the last map is taken by avg_pool2d, whose gradient is channels-last too: where two layouts meet,
+        # a layer costs several times as much.
         self.layer.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], (B, C, H, W) -> logits (B, K)."""
         if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
             raise ValueError(f"expected pictures (B, {self.config['in_channels']}, H, W), got {tuple(x.shape)}")
-        features = self.init_conv((x - self.mean) / self.std)  # (B, 16, H, W)
-        features = self.layer(features)  #                       (B, 64 width, H/4, W/4)
+        features = self.init_conv((x - self.mean) / self.std)  #                     (B, 16, H, W)
+        features = self.layer(features.contiguous(memory_format=torch.channels_last))  # (B, 64 width, H/4, W/4)
         features = F.silu(self.batchnorm(features))
-        return self.logits(features.mean(dim=(2, 3)))  #         (B, K)
+        features = F.avg_pool2d(features, features.shape[-2:]).flatten(1)  #         (B, 64 width)
+        return self.logits(features)  #                                              (B, K)
 
 
 # ------------------------------------------------------------------------------------------------ the representation

@@ -153,6 +153,7 @@ class Purifier(nn.Module):
             nn.ConvTranspose2d(w // 8, channels, last_kernel, stride=1, padding=1),
             nn.Sigmoid(),
         )
+        self.to(memory_format=torch.channels_last)  # the layout that fast convolutions want
 
     def condition(self, representation: list[torch.Tensor]) -> torch.Tensor:
         """List of (B, c_i, h_i, w_i) -> (B, D)."""
