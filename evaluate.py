@@ -40,7 +40,7 @@ import data as datasets
 import report
 from aggregate import log_probabilities, majority_vote, mean_logits, mean_probabilities, robust_logits
 from attacks import LOSSES, apgd, ascend, parse_number, project
-from models import keep_freed_memory
+from models import keep_freed_memory, load_published_classifier, read_tensors
 from purifier import check_config, load_checkpoint, load_published, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------- budgets
@@ -202,6 +202,33 @@ def climb(target: Target, y: torch.Tensor, loss, draws: int, z: torch.Tensor | N
 
     return losses_and_gradient
 
+
+# ---------------------------------------------------------------------------------------------------- controls
+
+
+def without_condition(carso: nn.Module) -> nn.Module:
+    """The decoder is told nothing about the picture: what is left is not the purifier's doing."""
+    carso.purifier.condition_head.register_forward_hook(lambda module, inputs, condition: torch.zeros_like(condition))
+    return carso
+
+
+def with_fixed_z(carso: nn.Module) -> nn.Module:
+    """S latent codes drawn once and for all: a deterministic defence."""
+    shape = (carso.samples, carso.purifier.config["latent_dim"])
+    codes = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def draw(x, samples):
+        return codes.to(x).repeat(-(-samples // len(codes)), 1)[:samples].expand(len(x), -1, -1)
+
+    carso.draw = draw
+    return carso
+
+
+CONTROLS = {
+    "classifier": lambda carso: carso.classifier,
+    "zero-condition": without_condition,
+    "fixed-z": with_fixed_z,
+}
 
 # ---------------------------------------------------------------------------------------------------- the attacks
 
@@ -595,7 +622,9 @@ def against_float64(target: Target, x, y, loss: str) -> dict:
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ckpt", help="a carso.pt that train.py wrote")
+    what.add_argument(
+        "--ckpt", help="a carso.pt that train.py wrote; or, with --dataset, a file of a classifier's weights"
+    )
     what.add_argument("--published", metavar="DIR", help="a folder with the CARSO authors' four safetensors files")
     what.add_argument(
         "--model", metavar="FILE.py:FUNCTION", help="a function without arguments that returns an nn.Module"
@@ -606,6 +635,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--eps", type=parse_number, help="radius in pixels, such as 8/255 (default: the training's)")
     parser.add_argument("--samples", type=int, help="S, reconstructions a picture (default: the checkpoint's)")
+    parser.add_argument(
+        "--control", choices=CONTROLS, help="with --ckpt: a part of the defence, or one with a part cut"
+    )
     parser.add_argument("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
     parser.add_argument("--view", choices=VIEWS, help="what attacks see (default: the decision's own)")
     parser.add_argument("--sweep", choices=SWEEPS, help="repeat one attack over a range of this, with a plot")
@@ -626,10 +658,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def load_defence(args) -> tuple[nn.Module, dict]:
+    """--ckpt: CARSO, one of its controls, or a file that holds just a classifier."""
+    content = read_tensors(args.ckpt)
+    if args.dataset is not None and isinstance(content, dict) and "format" not in content and args.control is None:
+        classes = len(datasets.load(args.dataset, args.data_dir or "data").classes)
+        return load_published_classifier(args.ckpt, classes).to(args.device), {}
+    model, state = load_checkpoint(args.ckpt, args.device)
+    return CONTROLS[args.control](model) if args.control else model, state
+
+
 def load_model(args) -> tuple[nn.Module, dict, Path]:
     """The defence, what its checkpoint says of its training, and the file it came from."""
     if args.ckpt:
-        return *load_checkpoint(args.ckpt, args.device), Path(args.ckpt)
+        return *load_defence(args), Path(args.ckpt)
     if args.published:
         if args.dataset is None:
             raise ValueError("--published needs --dataset: cifar10, cifar100 or tinyimagenet")
@@ -653,6 +695,8 @@ def load_model(args) -> tuple[nn.Module, dict, Path]:
 
 def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     """Everything that can be refused is refused here, with ValueError or OSError."""
+    if args.control and not args.ckpt:
+        raise ValueError("--control needs --ckpt")
     model, state, source = load_model(args)
     name = args.dataset or state["dataset"]
     data = datasets.load(name, args.data_dir or state.get("data_dir", "data"))
@@ -689,6 +733,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "samples": samples,
         "aggregation": args.aggregation,
         "view": args.view or AGGREGATIONS[args.aggregation][1],
+        "control": args.control,
         "seed": args.seed,
         **dataclasses.asdict(budget),
     }

@@ -15,6 +15,7 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -212,9 +213,19 @@ class CARSO(nn.Module):
     Args:
         layers: names of the tapped layers, one for each of the purifier's representation_shapes.
         samples: S, reconstructions a picture (paper: 8).
+        own_answer: each member also counts the classifier's answer to the picture itself, which the recording gives
+            for free (ours, for training end to end; the paper's members see the reconstruction only).
     """
 
-    def __init__(self, classifier: nn.Module, purifier: Purifier, layers: list[str], samples: int = 8, seed: int = 0):
+    def __init__(
+        self,
+        classifier: nn.Module,
+        purifier: Purifier,
+        layers: list[str],
+        samples: int = 8,
+        seed: int = 0,
+        own_answer: bool = False,
+    ):
         super().__init__()
         if len(layers) != len(purifier.config["representation_shapes"]):
             raise ValueError(
@@ -224,7 +235,7 @@ class CARSO(nn.Module):
             raise ValueError(f"at least one reconstruction a picture is needed, not {samples}")
         self.classifier = classifier.requires_grad_(False)
         self.purifier = purifier
-        self.layers, self.samples = list(layers), samples
+        self.layers, self.samples, self.own_answer = list(layers), samples, own_answer
         self.manual_seed(seed)
         self.eval()
 
@@ -245,23 +256,37 @@ class CARSO(nn.Module):
         shape = (len(x), samples, self.purifier.config["latent_dim"])
         return torch.randn(shape, generator=self._generator, device=x.device, dtype=x.dtype)
 
-    def purify(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, C, H, W), z (B, S, Z) or None to draw it -> reconstructions (B, S, C, H, W).
+    def answers(self, x: torch.Tensor, z: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, C, H, W), z (B, S, Z) or None to draw it -> reconstructions (B, S, C, H, W) and the members' logits
+        (B, S, K).
 
         The classifier and the condition encoder run once for each picture, however many members z asks for."""
-        _, representation = record(self.classifier, self.layers, x)
-        condition = self.purifier.condition(representation)  #                                (B, D)
-        z = self.draw(x, self.samples) if z is None else z  #                                 (B, S, Z)
-        members = z.shape[1]
-        condition = condition.repeat_interleave(members, dim=0)  #                            (B S, D)
-        reconstructions = self.purifier.decode(z.flatten(0, 1), condition)  #                 (B S, C, H, W)
-        return reconstructions.unflatten(0, (len(x), members))  #                             (B, S, C, H, W)
+        z = self.draw(x, self.samples) if z is None else z
+        own_logits, condition = self._look(x)
+        reconstructions = self._paint(z, condition)
+        logits = self.classifier(reconstructions.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, S, K)
+        if self.own_answer:  # half of each: exp(l) becomes the mean of the two exponentials, as in the paper's sum
+            logits = torch.logaddexp(logits, own_logits[:, None].expand_as(logits)) - math.log(2)
+        return reconstructions, logits
+
+    def purify(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, C, H, W), z (B, S, Z) or None to draw it -> reconstructions (B, S, C, H, W)."""
+        z = self.draw(x, self.samples) if z is None else z
+        return self._paint(z, self._look(x)[1])
+
+    def _look(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The classifier's own logits (B, K), and the condition (B, D)."""
+        own_logits, representation = record(self.classifier, self.layers, x)
+        return own_logits, self.purifier.condition(representation)
+
+    def _paint(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """z (B, S, Z), condition (B, D) -> reconstructions (B, S, C, H, W)."""
+        condition = condition.repeat_interleave(z.shape[1], dim=0)  #              (B S, D)
+        return self.purifier.decode(z.flatten(0, 1), condition).unflatten(0, z.shape[:2])
 
     def member_logits(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        """The classifier's logits of each reconstruction, (B, S, K)."""
-        reconstructions = self.purify(x, z)
-        logits = self.classifier(reconstructions.flatten(0, 1))  #                            (B S, K)
-        return logits.unflatten(0, reconstructions.shape[:2])  #                              (B, S, K)
+        """The members' logits, (B, S, K)."""
+        return self.answers(x, z)[1]
 
     def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
         """Aggregated logits (B, K): logsumexp over the members, the paper's decision (see aggregate.py)."""
@@ -324,6 +349,7 @@ def save_checkpoint(path, carso: CARSO, **state) -> None:
         "purifier_weights": carso.purifier.state_dict(),
         "layers": carso.layers,
         "samples": carso.samples,
+        "own_answer": carso.own_answer,
         "state": state,
     }
     write_atomically(path, lambda temporary: torch.save(content, temporary))
@@ -340,7 +366,10 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
     load_state(classifier, content["classifier_weights"], path)
     purifier = Purifier(**content["purifier"])
     load_state(purifier, content["purifier_weights"], path)
-    return CARSO(classifier, purifier, content["layers"], content["samples"]).to(device), content["state"]
+    carso = CARSO(
+        classifier, purifier, content["layers"], content["samples"], own_answer=content.get("own_answer", False)
+    )
+    return carso.to(device), content["state"]
 
 
 def load_published_purifier(carso: CARSO, repr_compressors, repr_fcn_compressor, decoder) -> CARSO:

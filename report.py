@@ -61,7 +61,8 @@ def gather(e, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
 def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
     """report.json, report.md, rows.tsv and samples.png from the units of work. Returns what report.json holds."""
     table, n = gather(e, names), len(e.labels)
-    counted = [name for name in names if e.attacks[name].on == "defence" and e.attacks[name].eps is None]
+    bare = not hasattr(e.defence, "classifier")  # then what attacks the classifier attacks the model
+    counted = [n for n in names if (bare or e.attacks[n].on == "defence") and e.attacks[n].eps is None]
     # The worst attack of each picture is chosen by the selection draws and reported on the fresh ones.
     chosen = np.stack([table[name]["select"] for name in counted]).argmin(0)
     fresh = np.stack([table[name]["hits"] for name in counted])[chosen, np.arange(n)]
@@ -77,6 +78,7 @@ def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
         "attacks": {},
         "robust": summary(fresh.mean(1))
         | {"worst_draw": float(fresh.all(1).mean()), "resubmitted": resubmission(fresh)},
+        "counted": counted,
         "skipped": skipped,
         "config": e.config,
         "environment": environment(e.device),

@@ -36,6 +36,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data as datasets
+from aggregate import robust_logits
 from attacks import adversarially_balanced_batch, parse_number, pgd
 from models import WideResNet, keep_freed_memory, load_published_classifier, record, representation_layers
 from purifier import (
@@ -92,6 +93,17 @@ class Preset:
     fraction: float = 0.5  #              perturbed share of each batch
     attack_steps: int = 40  #             PGD
     attack_step_size: float = 0.01  #     in pixels
+
+    # Training end to end, --objective end-to-end (ours): table "Does it work?" of the README
+    end_epochs: int = 20
+    end_batch_size: int = 512  #          pictures a step, over all ranks
+    end_learning_rate: float = 1e-3  #    Adam, falls linearly to 0
+    end_attack_steps: int = 5  #          PGD on the whole defence
+    end_attack_step: float = 1 / 3  #     in units of eps
+    end_samples: int = 2  #               S in training
+    end_reconstruction: float = 1.0  #    weight of the BCE, a mean over the picture's values
+    end_average: float = 0.995  #         decay of the averaged weights
+    own_answer: bool = True  #            members also count the classifier's answer to the picture itself
 
 
 PAPER = Preset()
@@ -523,6 +535,80 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
     carso.eval()
 
 
+# ------------------------------------------------------------ end to end: the purifier against attacks on the whole
+
+
+class WholePass(nn.Module):
+    """CARSO's training pass as one forward, which is what DistributedDataParallel wants to see."""
+
+    def __init__(self, carso: CARSO):
+        super().__init__()
+        self.carso = carso
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor):
+        return self.carso.answers(x, z)
+
+
+def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) -> None:
+    """Adversarial training of the purifier inside the whole defence (ours; the paper leaves it as future work). The
+    classifier stays frozen.
+
+    The pictures are attacked by PGD through classifier, purifier, classifier and aggregation, with fresh latent draws
+    at every step (EoT); BatchNorm uses its running statistics in the attack, the batch's in the update. The loss is
+    the cross-entropy of the aggregated answer, plus the reconstruction's BCE towards the clean picture (a mean over
+    its values), so that the members stay pictures. An average of the weights is the result.
+    """
+    ranks, device, purifier = run.ranks, run.ranks.device, carso.purifier
+    carso.own_answer = p.own_answer
+    for encoder in (purifier.image_encoder, purifier.joint_head, purifier.to_mu, purifier.to_logvar):
+        encoder.requires_grad_(False)  # z comes from the prior, as in use
+    average = AveragedModel(purifier, multi_avg_fn=get_ema_multi_avg_fn(p.end_average), use_buffers=True)
+    optimizer = torch.optim.Adam([q for q in purifier.parameters() if q.requires_grad], p.end_learning_rate)
+    network = ranks.wrap(WholePass(carso))
+    count, size = len(data.train_labels), p.end_batch_size
+    steps_an_epoch = len(datasets.batches(count, size, 0, 0))
+
+    def step(epoch, number, indices, first):
+        done = (epoch + number / steps_an_epoch) / p.end_epochs
+        optimizer.param_groups[0]["lr"] = p.end_learning_rate * (1 - done)
+        mine, generator = ranks.share(indices), run.generator("end-to-end", epoch, number)
+        clean, y = datasets.pixels(data.train_images[mine].to(device)), data.train_labels[mine].to(device)
+        shape = (p.end_attack_steps + 1, len(indices), p.end_samples, purifier.config["latent_dim"])
+        noise = 2 * torch.rand((len(indices), *clean.shape[1:]), generator=generator, device=device) - 1
+        if p.augment:
+            draws = torch.rand((len(indices), 3), generator=generator, device=device)
+            clean = datasets.crop_and_flip(clean, ranks.share(draws))
+        z = iter([ranks.share(part) for part in torch.randn(shape, generator=generator, device=device)])
+
+        carso.eval()
+        x = pgd(
+            lambda x: robust_logits(carso.member_logits(x, next(z))), clean, y, p.eps, p.end_attack_steps,
+            p.eps * p.end_attack_step, noise=ranks.share(noise),
+        )  # fmt: skip
+        network.train()
+        reconstructions, members = network(x, next(z))
+        logits = robust_logits(members)
+        cross_entropy = F.cross_entropy(logits, y, reduction="sum")
+        bce = F.binary_cross_entropy(reconstructions, clean[:, None].expand_as(reconstructions), reduction="none")
+        bce = bce.flatten(1).mean(1).sum()
+        loss = cross_entropy + p.end_reconstruction * bce
+        optimizer.zero_grad()
+        (loss * ranks.count / len(indices)).backward()  # DDP averages over ranks: this is the global batch's mean
+        optimizer.step()
+        average.update_parameters(purifier)
+        return torch.stack([cross_entropy.detach(), bce.detach(), (logits.argmax(1) == y).sum()])
+
+    def picture(epoch):
+        if ranks.first and (epoch % 5 == 4 or epoch == p.end_epochs - 1):
+            draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
+
+    parts = {"purifier": purifier, "average": average, "optimizer": optimizer}
+    with run.stopping_gently():
+        run.train("end-to-end", p.end_epochs, count, size, parts, ("loss", "bce", "robust"), step, picture)
+    purifier.load_state_dict(average.module.state_dict())
+    carso.eval()
+
+
 def draw_reconstructions(path: Path, carso: CARSO, data: datasets.Dataset, p: Preset, rows: int = 8) -> None:
     """One row a test picture: clean | attacked (PGD eps on the classifier) | six reconstructions."""
     was_training, device = carso.purifier.training, next(carso.purifier.parameters()).device
@@ -553,6 +639,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="digits", help=f"{', '.join(datasets.NAMES)}, or a path (see data.py)")
     parser.add_argument("--data-dir", default="data", help="where downloads and caches go (default: data)")
+    parser.add_argument("--objective", choices=["paper", "end-to-end"], default="paper", help="the paper's, or "
+                        "adversarial training of the purifier inside the whole defence (default: paper)")  # fmt: skip
+    parser.add_argument("--from", dest="start", metavar="FILE", help="for end-to-end: a carso.pt, or 'scratch' for a fresh purifier "
+                        "(default: runs/DATASET/carso.pt, what the paper's objective made)")  # fmt: skip
     parser.add_argument("--preset", choices=PRESETS, help="default: the data set's own, cifar10's for a path")
     parser.add_argument("--name", help="folder under runs/ (default: the data set's name)")
     parser.add_argument("--classifier", help="'train', 'published' (the paper's, downloaded), or a file of weights "
@@ -593,12 +683,19 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         scale = p.epochs / PRESETS[name].epochs
         names = [k for k in ("warmup", "plateau", "kl_from", "kl_to") if overrides[k] is None]
         p = dataclasses.replace(p, **{k: max(1, int(getattr(PRESETS[name], k) * scale)) for k in names})
+    stem = Path(args.dataset).stem
+    if args.objective == "end-to-end":
+        if args.start != "scratch" and args.classifier is not None:
+            raise ValueError("--classifier goes with --from scratch; otherwise the classifier is the checkpoint's own")
+        args.start = args.start or str(Path("runs") / stem / "carso.pt")
+    elif args.start is not None:
+        raise ValueError("--from goes with --objective end-to-end")
     if args.classifier is None:
         as_published = args.dataset in PUBLISHED and (p.depth, p.width) == (PAPER.depth, PAPER.width)
         args.classifier = "published" if as_published else "train"
     if args.classifier == "published" and args.dataset not in PUBLISHED:
         raise ValueError(f"no classifier is published for {args.dataset}; known are {', '.join(PUBLISHED)}")
-    return p, args.name or Path(args.dataset).stem
+    return p, args.name or (f"{stem}-end-to-end" if args.objective == "end-to-end" else stem)
 
 
 def load_data(args, p: Preset, ranks: Ranks) -> datasets.Dataset:
@@ -652,24 +749,42 @@ def stage_one(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
     return classifier
 
 
-def stage_two(run: Run, args, data: datasets.Dataset, classifier: WideResNet, p: Preset) -> None:
-    """Train the purifier, keep the whole defence as carso.pt."""
+def fresh_carso(args, data: datasets.Dataset, classifier: WideResNet, p: Preset) -> CARSO:
     torch.manual_seed(args.seed)
     sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
-    layers, device = representation_layers(classifier.config["depth"]), run.ranks.device
-    carso = build_carso(classifier, layers, data.train_images.shape[1:], p.samples, **sizes).to(device)
-    train_purifier(run, data, carso, p, args.micro_batch)
+    layers = representation_layers(classifier.config["depth"])
+    return build_carso(classifier, layers, data.train_images.shape[1:], p.samples, **sizes)
+
+
+def finish(run: Run, args, data: datasets.Dataset, carso: CARSO, p: Preset) -> None:
+    """Keep the whole defence as carso.pt."""
     if not run.ranks.first:
         return
     draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
-    purifier = unwrapped(carso.purifier, Purifier(**carso.purifier.config)).to(device)
-    carso = CARSO(classifier, purifier, layers, p.samples)
+    classifier = unwrapped(carso.classifier, WideResNet(**carso.classifier.config))
+    purifier = unwrapped(carso.purifier, Purifier(**carso.purifier.config))
+    carso = CARSO(classifier, purifier, carso.layers, carso.samples, own_answer=carso.own_answer).to(run.ranks.device)
     state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": run.config, "classes": data.classes}
     save_checkpoint(run.folder / "carso.pt", carso, **state)
     for path in run.folder.glob("*.resume.pt"):
         path.unlink()
     run.say(f"CARSO: clean {accuracy(carso, data, 500):.1%} on {min(500, len(data.test_labels))} test pictures")
     run.say(f"now: python evaluate.py --ckpt {run.folder / 'carso.pt'}")
+
+
+def load_start(path, data: datasets.Dataset, device) -> CARSO:
+    """A trained CARSO to go on from. ValueError if there is none, or it is of other data."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no {path} to start from: train with --objective paper first, or say --from scratch")
+    carso, _ = load_checkpoint(path, device)
+    trained_on = tuple(carso.purifier.config["image_shape"]), carso.classifier.config["num_classes"]
+    given = tuple(data.train_images.shape[1:]), len(data.classes)
+    if given != trained_on:
+        raise ValueError(
+            f"{path} takes pictures {trained_on[0]} of {trained_on[1]} classes; "
+            f"{data.name} has {given[0]} of {given[1]}"
+        )
+    return carso
 
 
 def main() -> int:
@@ -681,6 +796,8 @@ def main() -> int:
         folder = Path("runs") / name
         data = load_data(args, p, ranks)
         config = {"dataset": args.dataset, "classifier": args.classifier, "seed": args.seed, **dataclasses.asdict(p)}
+        if args.objective == "end-to-end":
+            config |= {"objective": args.objective, "start": args.start}
         run = Run(folder, config, ranks, 60 * args.save_every)
         if (folder / "config.json").is_file():
             check_config(folder / "config.json", config, "--name")
@@ -688,7 +805,11 @@ def main() -> int:
             load_checkpoint(folder / "carso.pt")
             run.say(f"{folder / 'carso.pt'} is complete: attack it with evaluate.py --ckpt, or choose another --name")
             return 0
-        classifier = None if args.classifier == "train" else load_classifier(args, data, ranks)
+        start, classifier = None, None
+        if args.objective == "end-to-end" and args.start != "scratch":
+            start = load_start(args.start, data, ranks.device)
+        elif args.classifier != "train":
+            classifier = load_classifier(args, data, ranks)
         if ranks.first:
             check_config(folder / "config.json", config, "--name")
     except (ValueError, OSError) as error:
@@ -698,7 +819,12 @@ def main() -> int:
     run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, {len(data.classes)} classes; "
             f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip
     try:
-        stage_two(run, args, data, classifier or stage_one(run, data, p), p)
+        carso = start or fresh_carso(args, data, classifier or stage_one(run, data, p), p).to(ranks.device)
+        if args.objective == "end-to-end":
+            train_end_to_end(run, data, carso, p)
+        else:
+            train_purifier(run, data, carso, p, args.micro_batch)
+        finish(run, args, data, carso, p)
     except Stopped as stop:
         run.say(f"stopped at {stop} and saved; the same command goes on from there")
         return 130

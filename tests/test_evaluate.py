@@ -1,5 +1,6 @@
 """evaluate.py: the pieces, and the real script on a tiny checkpoint."""
 
+import copy
 import json
 import re
 import shutil
@@ -31,7 +32,7 @@ from evaluate import (
     seed_for,
     sum_of_exponentials,
 )
-from purifier import save_checkpoint
+from purifier import load_checkpoint, save_checkpoint
 from report import resubmission, signs_in_sweep, signs_of_masking, wilson
 
 TINY = (
@@ -261,6 +262,34 @@ def test_a_failed_audit_is_status_3_and_the_numbers_are_written(folder):
     assert "exactly zero" in output and "Skipped: transfer (the model has no classifier)" in output
     report = json.loads((folder / "masked" / "report.json").read_text())
     assert not report["audit"]["passed"] and report["attacks"]["apgd"]["accuracy"] >= 0
+
+
+def test_controls_cut_what_they_name(folder, tiny_carso):
+    x = torch.rand(3, *tiny_carso.purifier.config["image_shape"])
+    assert evaluate.CONTROLS["classifier"](tiny_carso) is tiny_carso.classifier
+    fixed = evaluate.with_fixed_z(copy.deepcopy(tiny_carso))
+    assert torch.equal(fixed(x), fixed(x)) and not torch.equal(tiny_carso(x), tiny_carso(x))
+    assert torch.equal(fixed.draw(x, 2 * fixed.samples)[:, : fixed.samples], fixed.draw(x, fixed.samples))
+    blind = evaluate.without_condition(copy.deepcopy(fixed))
+    assert torch.equal(blind(x), blind(1 - x)) and not torch.equal(fixed(x), fixed(1 - x))
+    tiny_carso.own_answer = blind.own_answer = True
+    assert not torch.equal(blind(x), blind(1 - x))  # the classifier's own answer is still there
+    tiny_carso.own_answer = False
+
+
+def test_a_bare_classifier_is_evaluated_like_a_defence(folder):
+    output = run(
+        folder, "--ckpt", "carso.pt", "--control", "classifier", "--out", "bare", *TINY, "rand", script="evaluate.py"
+    )
+    report = json.loads((folder / "bare" / "report.json").read_text())
+    assert "standard" in report["counted"] and report["config"]["control"] == "classifier", output
+    carso = load_checkpoint(folder / "carso.pt")[0]
+    weights = carso.classifier.state_dict() | {"mean": carso.classifier.mean, "std": carso.classifier.std}
+    torch.save({"state_dict": weights}, folder / "classifier.pt")
+    options = ("--ckpt", "classifier.pt", "--dataset", "digits", "--eps", "0.2")
+    run(folder, *options, "--out", "file", *TINY, "rand", script="evaluate.py")
+    rows = [(folder / name / "rows.tsv").read_text() for name in ("bare", "file")]
+    assert rows[0] == rows[1]
 
 
 def test_the_authors_defence_from_its_four_files(folder, reference_carso):

@@ -188,6 +188,61 @@ def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stage, how):
     assert logs[0] == logs[1]
 
 
+END = ["--objective", "end-to-end", "--end-epochs", "2", "--end-batch-size", "9", "--end-attack-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def end_to_end(folder):
+    """Options of a run from the paper-trained checkpoint, and its result, named end. Like calm, with a tiny eps."""
+    start = ["--from", "runs/whole/carso.pt", "--eps", "0.00001"]
+    options = ["--dataset", "tiny.npz", *TINY, *END, *start]
+    run(folder, *options, "--name", "end")
+    return options
+
+
+def test_end_to_end_trains_the_decoders_path_and_nothing_else(folder, end_to_end):
+    before, after = (load_checkpoint(folder / "runs" / name / "carso.pt")[0] for name in ("whole", "end"))
+    assert after.own_answer and not before.own_answer
+    frozen = ("classifier.", "purifier.image_encoder", "purifier.joint_head", "purifier.to_")
+    new = after.state_dict()
+    for key, old in before.state_dict().items():
+        if key.startswith(frozen):
+            assert torch.equal(old, new[key]), key
+        elif key.endswith("weight"):
+            assert not torch.equal(old, new[key]), key
+    log = np.loadtxt(folder / "runs" / "end" / "log-end-to-end.tsv", skiprows=1)
+    assert log.shape == (2, 4) and (0 < log[:, 2]).all() and (log[:, 2] < 1.5).all()  # BCE a value
+
+
+def test_end_to_end_on_two_processes(folder, end_to_end):
+    run(folder, *end_to_end, "--name", "end-2", ranks=2)
+    same_weights(folder, "end", "end-2", rtol=1e-3, atol=1e-3)
+
+
+def test_end_to_end_killed_goes_on_and_ends_bitwise_equal(folder, end_to_end):
+    process = subprocess.Popen(**command(folder, *end_to_end, "--name", "end-killed", "--save-every", "0"))
+    checkpoint = folder / "runs" / "end-killed" / "end-to-end.resume.pt"
+    while process.poll() is None:
+        time.sleep(0.005)
+        if checkpoint.is_file():
+            saved = torch.load(checkpoint, weights_only=True)
+            if 8 * saved["epoch"] + saved["step"] >= 3:
+                break
+    process.kill()
+    process.communicate(timeout=100)
+    assert not (folder / "runs" / "end-killed" / "carso.pt").exists(), "killed too late to test anything"
+    assert "end-to-end: going on at epoch" in run(folder, *end_to_end, "--name", "end-killed")
+    same_weights(folder, "end", "end-killed", rtol=0, atol=0)
+
+
+def test_end_to_end_lowers_the_loss_under_attack(folder):
+    """From scratch, with a real radius: the pictures of three grey levels become separable under attack."""
+    options = ["--dataset", "tiny.npz", *TINY, *END, "--from", "scratch", "--end-epochs", "6", "--eps", "0.05"]
+    run(folder, *options, "--classifier", "runs/whole/classifier.pt", "--name", "end-scratch")
+    log = np.loadtxt(folder / "runs" / "end-scratch" / "log-end-to-end.tsv", skiprows=1)
+    assert log[-1, 1] < log[0, 1] and log[-1, 2] < log[0, 2]
+
+
 def test_torchrun_restarts_a_killed_process_and_training_goes_on(folder):
     options = ("--dataset", "tiny.npz", "--name", "restart", *TINY, "--save-every", "0")
     how = command(folder, *options, ranks=2)
@@ -226,6 +281,9 @@ def test_a_classifier_from_a_file(folder):
         (["--epochs", "0"], "must be 1 or more"),
         (["--classifier", "nothing.pt"], "no file nothing.pt"),
         (["--depth", "11"], "6n \\+ 4"),
+        (["--objective", "end-to-end"], "no runs/digits/carso.pt to start from"),
+        (["--objective", "end-to-end", "--classifier", "train"], "goes with --from scratch"),
+        (["--from", "scratch"], "goes with --objective end-to-end"),
     ],
 )  # fmt: skip
 def test_wrong_input_gets_a_sentence(tmp_path, monkeypatch, capsys, options, sentence):

@@ -1,0 +1,56 @@
+"""compare.py on evaluations written by hand."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import compare
+
+
+def evaluation(folder, clean, attacks: dict, **report):
+    """A folder as evaluate.py leaves it; attacks: name -> (select (n,), right of 4 draws (n,))."""
+    folder.mkdir()
+    content = {"checkpoint": folder.name, "dataset": "d", "n": len(clean), "eps": 0.2, "counted": ["clean", *attacks]}
+    content |= {"robust": {"accuracy": 0.5}, "audit": {"passed": True}} | report
+    (folder / "report.json").write_text(json.dumps(content))
+    lines = ["picture\tlabel\tattack\tduring\tright\tdraws\tselect"]
+    for name, (select, right) in ({"clean": (np.ones(len(clean)), clean)} | attacks).items():
+        lines += [f"{i}\t0\t{name}\t1\t{r}\t4\t{s:.3f}" for i, (s, r) in enumerate(zip(select, right))]
+    lines += [f"{i}\t0\tstandard\t0\t0\t4\t0.000" for i in range(len(clean))]  # of the bare classifier: never counted
+    (folder / "rows.tsv").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def test_each_picture_counts_with_the_attack_that_selection_found_worst(tmp_path):
+    attacks = {"a": ([0.5, 0.1, 1.0], [4, 1, 2]), "b": ([0.2, 0.9, 1.0], [3, 0, 0])}
+    _, clean, worst = compare.read(evaluation(tmp_path / "e", [4, 4, 2], attacks))
+    assert clean.tolist() == [1, 1, 0.5]
+    assert worst.tolist() == [0.75, 0.25, 0.5]  # the third: the clean picture was selected first among equals
+
+
+def test_pairs_and_seeds(tmp_path):
+    rng = np.random.default_rng(0)
+    n = 400
+    one = rng.integers(0, 2, n) * 4
+    two = np.where(rng.random(n) < 0.1, 4, one)  # better on some pictures, worse on none
+    folders = [evaluation(tmp_path / k, [4] * n, {"a": (np.zeros(n), v)}) for k, v in (("one", one), ("two", two))]
+    first, second = compare.compare([[folders[0]], [folders[1]]])
+    assert first["robust_difference"] == [0, 0, 0] and second["clean_difference"] == [0, 0, 0]
+    difference = (two - one) / 4
+    mean, low, high = second["robust_difference"]
+    assert mean == pytest.approx(difference.mean())
+    normal = 1.96 * difference.std() / np.sqrt(n)  # paired, so much narrower than of two independent proportions
+    assert (low, high) == pytest.approx((mean - normal, mean + normal), abs=0.004)
+    both = compare.compare([[folders[0]], folders])[1]
+    assert both["robust_difference"][0] == pytest.approx(difference.mean() / 2)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, capsys):
+    one = evaluation(tmp_path / "one", [4], {"a": ([0], [0])})
+    other = evaluation(tmp_path / "other", [4], {"a": ([0], [0])}, eps=0.1)
+    for folders, sentence in (((one, other), "'eps': 0.1"), ((str(tmp_path),), "not a finished evaluation")):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *folders])
+        assert compare.main() == 2
+        assert sentence in capsys.readouterr().err
