@@ -143,7 +143,7 @@ class Target(nn.Module):
             members = self.model.member_logits(x, z)  #                            (B, E S, K)
             logits = self.view(members.unflatten(1, (draws, -1)).flatten(0, 1))  # (B E, K)
         else:
-            logits = self.model(x.repeat_interleave(draws, dim=0))
+            logits = self.model(x.repeat_interleave(draws, dim=0)).to(x.dtype)
         self.count["nonfinite_logits"] += (~logits.isfinite()).any(1).sum().item()
         return logits.unflatten(0, (len(x), draws))
 
@@ -423,6 +423,11 @@ class Evaluation:
     def radius(self, name: str) -> float:
         return self.eps if ATTACKS[name].eps is None else ATTACKS[name].eps
 
+    def search_precision(self):
+        """What attacks run in: bfloat16 inside the networks, float32 for logits and losses; scores are never in it."""
+        reduced = self.config.get("search_precision") == "bf16"
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=reduced)
+
     def patiently(self, work):
         """work(), again with half as many pictures at a time whenever the device's memory is full. The random numbers,
         and so the results, do not depend on it."""
@@ -442,7 +447,8 @@ class Evaluation:
         x, y = self.pictures(start)
         reseed(seed_for("attack", name, start, self.config["seed"]), self.defence)
         target, began = self.target(name, self.view), time.monotonic()
-        candidates, during = ATTACKS[name].run(target, x, y, self.radius(name), self.budget)
+        with self.search_precision():
+            candidates, during = ATTACKS[name].run(target, x, y, self.radius(name), self.budget)
         write_npz(
             self.file(name, start),
             candidates=candidates.cpu().numpy(),
@@ -640,6 +646,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
     parser.add_argument("--view", choices=VIEWS, help="what attacks see (default: the decision's own)")
+    parser.add_argument("--search-precision", choices=["fp32", "bf16"], default="fp32", help="of attacks (bf16: for "
+                        "GPUs, and CPUs with its instructions); audit and scores are float32 always")  # fmt: skip
     parser.add_argument("--sweep", choices=SWEEPS, help="repeat one attack over a range of this, with a plot")
     parser.add_argument("--budget", choices=BUDGETS, help="default: reduced for digits, paper for the rest")
     parser.add_argument("--dataset", help="default: the one it was trained on")
@@ -735,6 +743,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "view": args.view or AGGREGATIONS[args.aggregation][1],
         "control": args.control,
         "seed": args.seed,
+        "search_precision": args.search_precision,
         **dataclasses.asdict(budget),
     }
     folder = args.out or source.parent / (

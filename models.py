@@ -128,8 +128,8 @@ class WideResNet(nn.Module):
         self.batchnorm = Norm(widths[3], momentum=0.01)
         self.logits = nn.Linear(widths[3], num_classes)
         # Channels-last is the layout that fast convolutions want. The first convolution stays as it is, so that
-        # pictures' gradients are contiguous: AutoAttack and others call view() on them. Its output is converted once, and
-        # the mean over the last map is taken by avg_pool2d, whose gradient is channels-last too: where two layouts meet,
+        # pictures' gradients are contiguous: AutoAttack and others call view() on them. Its output is converted once,
+        # and the mean over the last map is by avg_pool2d, whose gradient is channels-last too: where two layouts meet,
         # a layer costs several times as much.
         self.layer.to(memory_format=torch.channels_last)
 
@@ -141,7 +141,9 @@ class WideResNet(nn.Module):
         features = self.layer(features.contiguous(memory_format=torch.channels_last))  # (B, 64 width, H/4, W/4)
         features = F.silu(self.batchnorm(features))
         features = F.avg_pool2d(features, features.shape[-2:]).flatten(1)  #         (B, 64 width)
-        return self.logits(features)  #                                              (B, K)
+        # Under autocast the last layer alone stays in full precision: losses are differences of its outputs.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.logits(features.to(self.logits.weight.dtype))  #             (B, K)
 
 
 # ------------------------------------------------------------------------------------------------ the representation

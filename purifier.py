@@ -282,7 +282,8 @@ class CARSO(nn.Module):
     def _paint(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """z (B, S, Z), condition (B, D) -> reconstructions (B, S, C, H, W)."""
         condition = condition.repeat_interleave(z.shape[1], dim=0)  #              (B S, D)
-        return self.purifier.decode(z.flatten(0, 1), condition).unflatten(0, z.shape[:2])
+        reconstructions = self.purifier.decode(z.flatten(0, 1), condition).to(z.dtype)  # also under autocast
+        return reconstructions.unflatten(0, z.shape[:2])
 
     def member_logits(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
         """The members' logits, (B, S, K)."""

@@ -199,7 +199,8 @@ def markdown(r: dict, e) -> str:
         "",
         ("The paper's budget. " if full else "**Reduced budget**: upper bounds, not benchmark numbers. ")
         + f"Accuracies in % with 95 % intervals, each the expectation over {b.draws} fresh draws of the noise after "
-        f"the worst candidate was chosen on {b.select} others. Decision: {c['aggregation']}; attacks see: {c['view']}.",
+        f"the worst candidate was chosen on {b.select} others. Decision: {c['aggregation']}; attacks see: {c['view']}."
+        + (" Attacks searched in bfloat16; all is scored in float32." if c["search_precision"] == "bf16" else ""),
         "",
         "| model | attack | steps x draws | accuracy | every draw right | during the attack | published "
         "| gradients not finite / zero | passes a picture | seconds |",

@@ -93,6 +93,7 @@ class Preset:
     fraction: float = 0.5  #              perturbed share of each batch
     attack_steps: int = 40  #             PGD
     attack_step_size: float = 0.01  #     in pixels
+    attack_bf16: bool = False  #          attacks of both stages in mixed precision (GPUs, CPUs with bf16 instructions)
 
     # Training end to end, --objective end-to-end (ours): table "Does it work?" of the README
     end_epochs: int = 20
@@ -415,10 +416,11 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
         if p.augment:
             draws = torch.rand((len(indices), 3), generator=generator, device=device)
             x = datasets.crop_and_flip(x, ranks.share(draws))
-        with torch.autocast(device.type, torch.bfloat16, enabled=p.classifier_bf16):
-            classifier.eval()
+        classifier.eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.classifier_bf16 or p.attack_bf16):
             x = pgd(classifier, x, y, eps, p.classifier_attack_steps, eps / 4, noise=ranks.share(noise))
-            network.train()
+        network.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.classifier_bf16):
             logits = network(x).float()
         loss = F.cross_entropy(logits, y, reduction="sum")
         optimizer.param_groups[0]["lr"] = float(lr)
@@ -490,10 +492,11 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
         latent = torch.randn((len(indices), p.latent_dim), generator=generator, device=device)
         whole = None  # the perturbed pictures and their representation, micro_batch pictures at a time
         for part in torch.arange(len(mine)).split(micro_batch or len(mine)):
-            perturbed = adversarially_balanced_batch(
-                classifier, clean[part], y[part], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
-                first=first + int(rows[part[0]]), noise=ranks.share(start)[part],
-            )  # fmt: skip
+            with torch.autocast(device.type, torch.bfloat16, enabled=p.attack_bf16):
+                perturbed = adversarially_balanced_batch(
+                    classifier, clean[part], y[part], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
+                    first=first + int(rows[part[0]]), noise=ranks.share(start)[part],
+                )  # fmt: skip
             with torch.no_grad():
                 tensors = [perturbed, *record(classifier, carso.layers, perturbed)[1]]
             if len(part) == len(mine):
@@ -581,10 +584,11 @@ def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) 
         z = iter([ranks.share(part) for part in torch.randn(shape, generator=generator, device=device)])
 
         carso.eval()
-        x = pgd(
-            lambda x: robust_logits(carso.member_logits(x, next(z))), clean, y, p.eps, p.end_attack_steps,
-            p.eps * p.end_attack_step, noise=ranks.share(noise),
-        )  # fmt: skip
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.attack_bf16):
+            x = pgd(
+                lambda x: robust_logits(carso.member_logits(x, next(z))), clean, y, p.eps, p.end_attack_steps,
+                p.eps * p.end_attack_step, noise=ranks.share(noise),
+            )  # fmt: skip
         network.train()
         reconstructions, members = network(x, next(z))
         logits = robust_logits(members)
