@@ -37,6 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data as datasets
+import plan
 import report
 from aggregate import log_probabilities, majority_vote, mean_logits, mean_probabilities, robust_logits
 from attacks import LOSSES, apgd, ascend, parse_number, project
@@ -442,6 +443,16 @@ class Evaluation:
             self.limit //= 2
             print(f"out of memory: going on with {self.limit} pictures at a time", flush=True)
 
+    def one_call(self, x, y, gradient: bool, classifier: bool, draws: int) -> torch.Tensor:
+        """What an attack does again and again; for the plan. Returns the gradient, or the logits (B, E, K)."""
+        model = self.defence.classifier if classifier else self.defence
+        target = Target(model, self.view, self.samples, self.limit)
+        if gradient:
+            with self.search_precision():
+                return climb(target, y, "ce", draws)(x)[1]
+        with torch.no_grad():
+            return target.draws(x, draws, target.draw(x, draws))
+
     def attack(self, name: str, start: int) -> None:
         """Search: adversarial candidates of one chunk by one attack."""
         x, y = self.pictures(start)
@@ -648,6 +659,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--view", choices=VIEWS, help="what attacks see (default: the decision's own)")
     parser.add_argument("--search-precision", choices=["fp32", "bf16"], default="fp32", help="of attacks (bf16: for "
                         "GPUs, and CPUs with its instructions); audit and scores are float32 always")  # fmt: skip
+    parser.add_argument("--plan", action="store_true", help="only print passes, FLOP and hours of the chosen attacks")
     parser.add_argument("--sweep", choices=SWEEPS, help="repeat one attack over a range of this, with a plot")
     parser.add_argument("--budget", choices=BUDGETS, help="default: reduced for digits, paper for the rest")
     parser.add_argument("--dataset", help="default: the one it was trained on")
@@ -750,7 +762,8 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         f"eval-eps{report.eps_text(eps).replace('/', '_')}-S{samples}-n{budget.n}-steps{budget.steps}-eot{budget.eot}-"
         + hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=3).hexdigest()
     )
-    check_config(folder / "config.json", config, "--out")
+    if not args.plan:
+        check_config(folder / "config.json", config, "--out")
     images, labels = data.test_images[: budget.n], data.test_labels[: budget.n]
     return Evaluation(model, images, labels, config, budget, folder, args.device, args.limit), names, skipped
 
@@ -815,6 +828,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    if args.plan:
+        print(plan.text(e.patiently(lambda: plan.plan(e, names, e.one_call)), e))
+        return 0
     try:
         audited = e.patiently(lambda: audit(e)) if rank == 0 else None
         for message in audited["messages"] if audited else ():
