@@ -127,23 +127,25 @@ class WideResNet(nn.Module):
         )
         self.batchnorm = Norm(widths[3], momentum=0.01)
         self.logits = nn.Linear(widths[3], num_classes)
-        # Channels-last is the layout that fast convolutions want. The first convolution stays as it is, so that
-        # pictures' gradients are contiguous: AutoAttack and others call view() on them. Its output is converted once,
-        # and the mean over the last map is by avg_pool2d, whose gradient is channels-last too: where two layouts meet,
-        # a layer costs several times as much.
-        self.layer.to(memory_format=torch.channels_last)
+        # Channels-last is the layout that fast convolutions want, and where two layouts meet, a layer costs several
+        # times as much: hence everything is in it, and forward() minds the gradient's layout at both ends.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], (B, C, H, W) -> logits (B, K)."""
         if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
             raise ValueError(f"expected pictures (B, {self.config['in_channels']}, H, W), got {tuple(x.shape)}")
+        x = x.flatten(1).unflatten(1, x.shape[1:])  # makes x.grad contiguous: AutoAttack and others call view() on it
         features = self.init_conv((x - self.mean) / self.std)  #                     (B, 16, H, W)
-        features = self.layer(features.contiguous(memory_format=torch.channels_last))  # (B, 64 width, H/4, W/4)
+        features = self.layer(features)  #                                           (B, 64 width, H/4, W/4)
         features = F.silu(self.batchnorm(features))
+        # The mean, but with a channels-last gradient.
         features = F.avg_pool2d(features, features.shape[-2:]).flatten(1)  #         (B, 64 width)
-        # Under autocast the last layer alone stays in full precision: losses are differences of its outputs.
+        if features.dtype == self.logits.weight.dtype:
+            return self.logits(features)  #                                          (B, K)
+        # Under autocast the last layer alone keeps its full precision: losses are differences of its outputs.
         with torch.autocast(x.device.type, enabled=False):
-            return self.logits(features.to(self.logits.weight.dtype))  #             (B, K)
+            return self.logits(features.to(self.logits.weight.dtype))
 
 
 # ------------------------------------------------------------------------------------------------ the representation
