@@ -1,0 +1,238 @@
+"""What is done for speed changes no result (layouts, BatchNorm, mixed precision); the tools that measure and predict."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import fresh_carso
+from test_train import run
+from torch import nn
+from torch.testing import assert_close
+
+import bench
+import evaluate
+import plan
+import train
+from attacks import adversarially_balanced_batch, objective
+from evaluate import ATTACKS, Budget, Evaluation, Target
+from models import Norm
+from purifier import save_checkpoint
+
+X = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2])
+BUDGET = Budget(n=3, steps=2, eot=2, pgd_steps=3, queries=4, targets=2, select=2, draws=3, chunk=3)
+
+
+def bf16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def evaluation(model, folder=None, precision="fp32") -> Evaluation:
+    config = dict(eps=0.1, samples=getattr(model, "samples", 1), view="logsumexp", aggregation="robust", seed=0)
+    images = (255 * X).to(torch.uint8)
+    return Evaluation(model, images, Y, config | {"search_precision": precision}, BUDGET, folder, "cpu", 64)
+
+
+# ------------------------------------------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_norm_is_batchnorm(training):
+    torch.manual_seed(0)
+    theirs, ours = nn.BatchNorm2d(5).double(), Norm(5).double()
+    for tensor in theirs.state_dict().values():
+        tensor.copy_(torch.rand_like(tensor, dtype=torch.double) + 0.5)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 5, 3, 3, dtype=torch.double, requires_grad=True)
+    results = []
+    for module in (theirs.train(training), ours.train(training)):
+        out = module(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, module.weight, module.bias])])
+    for a, b in zip(*results):
+        assert_close(a, b)
+    assert_close(theirs.state_dict(), ours.state_dict())
+
+
+def test_gradients_of_pictures_are_contiguous(tiny_carso):
+    for model in (tiny_carso, tiny_carso.classifier):
+        for x in (X, X.to(memory_format=torch.channels_last), X.double()):
+            gradient = objective(model.to(x.dtype), Y)(x)[1]
+            assert gradient.is_contiguous() and gradient.shape == X.shape and gradient.dtype == x.dtype
+        model.float()
+
+
+def test_pixels_and_logits_keep_float32_under_autocast(tiny_carso):
+    z = tiny_carso.draw(X, 4)
+    exact = [*tiny_carso.answers(X, z), tiny_carso(X, z), tiny_carso.classifier(X)]
+    with bf16():
+        reduced = [*tiny_carso.answers(X, z), tiny_carso(X, z), tiny_carso.classifier(X)]
+    for a, b in zip(exact, reduced):
+        assert b.dtype == torch.float32 and 0 < (a - b).abs().mean() < 0.05 * a.abs().mean()
+
+
+def test_the_balanced_batch_in_bf16(tiny_carso):
+    x, y, noise = torch.rand(8, 1, 32, 32), torch.arange(8) % 5, torch.zeros(8, 1, 32, 32)
+    with bf16():
+        attacked = adversarially_balanced_batch(tiny_carso.classifier, x, y, 0.1, 1.0, steps=3, noise=noise)
+    assert attacked.dtype == torch.float32 and (attacked - x).abs().max() <= 0.1 + 1e-6
+    losses = [objective(tiny_carso.classifier, y)(pictures)[0].sum() for pictures in (x, attacked)]
+    assert losses[1] > losses[0]
+
+
+def test_training_with_attacks_in_bf16(monkeypatch):
+    """The option reaches the attack and nothing else."""
+    seen = []
+    monkeypatch.setattr(train, "adversarially_balanced_batch", lambda classifier, x, *_, **__: seen.append(on()) or x)
+    monkeypatch.setattr(train, "vae_loss", lambda r, *rest: seen.append(on()) or [r.sum()] * 3)
+    on = lambda: torch.is_autocast_enabled("cpu")  # noqa: E731
+    for asked in (True, False):
+        carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
+        p = train.dataclasses.replace(train.PRESETS["digits"], latent_dim=4, attack_bf16=asked)
+        seen.clear()
+        monkeypatch.setattr(train.Run, "train", lambda self, *a: a[6](0, 0, torch.arange(4), 0))
+        data = train.datasets.load("digits", "data")
+        run_ = train.Run(None, {"seed": 0}, train.Ranks(0, 1, torch.device("cpu")), 60)
+        monkeypatch.setattr(train, "refresh_batchnorm", lambda *_: None)
+        train.train_purifier(run_, data, carso, p)
+        assert seen == [asked, False]
+
+
+# ---------------------------------------------------------------------------------------- searching in mixed precision
+
+
+def test_search_is_bf16_and_scores_are_not(tiny_carso, tmp_path, monkeypatch):
+    seen, real = [], Target.draws
+
+    def draws(self, *args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(self, *args)
+
+    monkeypatch.setattr(Target, "draws", draws)
+    for precision in ("bf16", "fp32"):
+        e = evaluation(tiny_carso, tmp_path / precision, precision)
+        seen.clear()
+        e.attack("apgd-ce", 0)
+        assert set(seen) == {precision == "bf16"}
+        seen.clear()
+        e.score("apgd-ce", 0)
+        evaluate.audit(e, count=2, draws=2)
+        assert set(seen) == {False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speed")
+    carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
+    save_checkpoint(folder / "carso.pt", carso, dataset="digits", data_dir="data", config={"eps": 0.2})
+    return folder
+
+
+SMALL = "--pictures 4 --steps 1 --eot 2 --queries 2 --targets 2 --select 1 --draws 2 --chunk 4 --device cpu".split()
+
+
+def test_the_report_names_the_precision_and_work_cannot_mix(folder, monkeypatch):
+    options = ["--ckpt", "carso.pt", *SMALL, "--attack", "rand", "--search-precision", "bf16", "--out", "reduced"]
+    assert "Attacks searched in bfloat16" in run(folder, *options, script="evaluate.py")
+    assert json.loads((folder / "reduced" / "report.json").read_text())["config"]["search_precision"] == "bf16"
+    monkeypatch.chdir(folder)
+    options[options.index("bf16")] = "fp32"
+    with pytest.raises(ValueError, match="search_precision: bf16 there, fp32 now"):
+        evaluate.prepare(evaluate.parse_arguments(options))
+
+
+# ------------------------------------------------------------------------------------------------------------ --plan
+
+EXACT = ("clean", "noise", "pgd-eot", "apgd", "apgd-ce", "fixed-noise", "transfer")
+
+
+@pytest.mark.parametrize("name", [n for n in ATTACKS if "0.95" not in n])
+def test_the_plan_counts_what_attacks_do(tiny_carso, name):
+    model = tiny_carso.classifier if ATTACKS[name].on == "classifier" else tiny_carso
+    target = Target(model)
+    evaluate.reseed(0, tiny_carso)
+    ATTACKS[name].run(target, X, Y, 0.1, BUDGET)
+    calls = plan.search(name, BUDGET, 5, model is tiny_carso)
+    gradients = 3 * sum(c.calls * (c.draws if name != "square" else 1) for c in calls if c.gradient)
+    passes = 3 * sum(c.calls * (c.draws if name != "square" else 1) for c in calls)
+    if name in EXACT:
+        assert target.count["pictures"] == passes
+    else:
+        assert target.count["pictures"] <= passes + 8  # a few checks of the whole batch
+    # A gradient flows back once for all draws of a call, and AutoAttack's are single.
+    backward = 3 * sum(c.calls for c in calls if c.gradient)
+    assert target.count["gradients"] == backward if name in EXACT else target.count["gradients"] <= gradients
+
+
+def test_a_calls_flop_are_linear_in_its_draws(tiny_carso):
+    e = evaluation(tiny_carso)
+    meter = plan.Meter(e, e.one_call)
+    for gradient in (False, True):
+        counted = bench.count_flop(lambda gradient=gradient: e.one_call(X[:1], Y[:1], gradient, False, 5))
+        assert meter.flop_of(plan.Calls(gradient, 1, 5)) == pytest.approx(counted, rel=1e-9)
+
+
+def test_plan_prints_and_writes_nothing(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (folder / "mine.py").write_text(
+        "from models import WideResNet\n\ndef build():\n    return WideResNet(10, 10, 1, in_channels=1)\n"
+    )
+    before = sorted(folder.rglob("*"))
+    for what in (["--ckpt", "carso.pt"], ["--model", "mine.py:build", "--dataset", "digits", "--eps", "0.2"]):
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate.py", *what, *SMALL, "--attack", "all", "--plan", "--out", "planned"]
+        )
+        assert evaluate.main() == 0
+        said = capsys.readouterr().out
+        assert "4 pictures" in said and "square" in said and said.splitlines()[-2].startswith("all")
+        assert float(said.splitlines()[-2].split()[-1]) >= 0
+    assert [p for p in sorted(folder.rglob("*")) if "__pycache__" not in str(p)] == before
+
+
+# ---------------------------------------------------------------------------------------------------------- bench.py
+
+DIGITS = ["--preset", "digits", "--batch-size", "4", "--repeats", "1", "--threads", "1"]
+
+
+def said_by_bench(options, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
+    threads = torch.get_num_threads()
+    assert bench.main() == 0
+    torch.set_num_threads(threads)
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def test_bench_in_bf16_measures_the_attacks_only(monkeypatch, capsys):
+    result = json.loads(said_by_bench([*DIGITS, "--precision", "bf16", "--json"], monkeypatch, capsys))
+    assert [row["part"].split()[0] for row in result["rows"]] == ["classifier", "(a)", "(d)", "EoT"]
+    assert all(row["share_of_matrix_rate"] > 0 for row in result["rows"])
+
+
+def test_bench_goes_on_uncompiled(monkeypatch, capsys):
+    def no_compiler(module):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    said = said_by_bench([*DIGITS, "--compile"], monkeypatch, capsys)
+    assert "going on uncompiled (RuntimeError: no C++ compiler)" in said and "(d) gradient" in said
+
+
+def test_bench_scaling_and_autoattack(folder, monkeypatch, capsys):
+    said = said_by_bench(
+        ["--preset", "digits", "--batch-size", "8", "--repeats", "1", "--scaling"], monkeypatch, capsys
+    )
+    assert len(said.splitlines()) == 8
+    monkeypatch.chdir(folder)
+    options = ["--against", "autoattack", "--ckpt", "carso.pt", "--pictures", "4", "--steps", "2"]
+    said = said_by_bench(options, monkeypatch, capsys)
+    assert said.count("AutoAttack's") == 2 and said.count("ours") == 2
+
+
+def test_what_the_backward_pass_keeps():
+    """A linear layer keeps its input; activations of its own tensors do not count."""
+    layer, x = nn.Linear(4, 4), torch.rand(2, 4, requires_grad=True)
+    assert bench.saved_bytes(layer, lambda: layer(x).relu()) == 2 * (2 * 4 * 4)  # the input, and relu's output
+    p = train.dataclasses.replace(train.PRESETS["digits"], attack_steps=3, fraction=0.5)
+    cost = bench.scenario(p, 3, 32)
+    assert cost["micro"] < cost["train"] and cost["flop"] > 0
