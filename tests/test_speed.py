@@ -1,4 +1,4 @@
-"""What is done for speed changes no result (layouts, BatchNorm, mixed precision); the tools that measure and predict."""
+"""What is done for speed changes no result (layouts, BatchNorm, mixed precision). Tools that measure and predict."""
 
 import json
 import sys
