@@ -406,6 +406,7 @@ class Evaluation:
         self.defence, self.images, self.labels = model, images, labels
         self.config, self.budget, self.folder, self.device, self.limit = config, budget, folder, device, limit
         self.eps, self.samples, self.view = config["eps"], config["samples"], VIEWS[config["view"]]
+        self.judge = None  # a second classifier, which looks at the reconstructions; see report.py
         self.attacks, self.decide = ATTACKS, AGGREGATIONS[config["aggregation"]][0]
         self.starts = range(0, len(labels), budget.chunk)
 
@@ -655,6 +656,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--control", choices=CONTROLS, help="with --ckpt: a part of the defence, or one with a part cut"
     )
+    parser.add_argument("--judge", metavar="FILE", help="a second classifier's weights: does it recognise the members?")
     parser.add_argument("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
     parser.add_argument("--view", choices=VIEWS, help="what attacks see (default: the decision's own)")
     parser.add_argument("--search-precision", choices=["fp32", "bf16"], default="fp32", help="of attacks (bf16: for "
@@ -754,6 +756,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "aggregation": args.aggregation,
         "view": args.view or AGGREGATIONS[args.aggregation][1],
         "control": args.control,
+        "judge": args.judge,
         "seed": args.seed,
         "search_precision": args.search_precision,
         **dataclasses.asdict(budget),
@@ -765,7 +768,10 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     if not args.plan:
         check_config(folder / "config.json", config, "--out")
     images, labels = data.test_images[: budget.n], data.test_labels[: budget.n]
-    return Evaluation(model, images, labels, config, budget, folder, args.device, args.limit), names, skipped
+    e = Evaluation(model, images, labels, config, budget, folder, args.device, args.limit)
+    if args.judge:
+        e.judge = load_published_classifier(args.judge, len(data.classes)).to(args.device)
+    return e, names, skipped
 
 
 # ------------------------------------------------------------------------------------------------------------ sweeps

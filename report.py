@@ -101,6 +101,12 @@ def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
             "passes_per_picture": t["pictures"] / n,
             "seconds": t["seconds"],
         }
+    if hasattr(e.defence, "purify"):
+        adversarial = np.stack([table[counted[k]]["worst"][i] for i, k in enumerate(chosen)])
+        result["reconstructions"] = {
+            "clean": reconstruction_quality(e, table["clean"]["worst"]),
+            "attacked": reconstruction_quality(e, adversarial),
+        }
     messages = audited["messages"] + during_attacks(table)
     result["audit"] = {"passed": not messages, "messages": messages, "rows": audited["rows"]}
     result["masking"] = signs_of_masking(result)
@@ -109,6 +115,24 @@ def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
     write_text(e.folder / "rows.tsv", rows(table, e))
     draw_samples(e, table, counted, chosen)
     return result
+
+
+@torch.no_grad()
+def reconstruction_quality(e, pictures: np.ndarray) -> dict:
+    """Are the members still the picture? bce: the mean over members and values of the binary cross-entropy towards the
+    clean picture (0.69 is a grey square's). judge: how many of them a second, independently trained classifier
+    labels correctly; None without --judge."""
+    bce, right = [], []
+    for start in e.starts:
+        x, y = e.pictures(start)
+        given = torch.from_numpy(pictures[start : start + len(x)]).to(x)
+        e.defence.manual_seed(start)
+        members = e.defence.purify(given, e.defence.draw(given, e.samples))  # (B, S, C, H, W)
+        bce.append(F.binary_cross_entropy(members, x[:, None].expand_as(members), reduction="none").flatten(1).mean(1))
+        if e.judge is not None:
+            answers = e.judge(members.flatten(0, 1)).argmax(1)
+            right.append((answers == y.repeat_interleave(e.samples)).float().unflatten(0, (len(x), -1)).mean(1))
+    return {"bce": torch.cat(bce).mean().item(), "judge": torch.cat(right).mean().item() if right else None}
 
 
 def during_attacks(table) -> list[str]:
@@ -230,6 +254,11 @@ def markdown(r: dict, e) -> str:
             seconds=f"{a['seconds']:.0f}",
         )
     line("**defence**", "**worst of all**", r["robust"], worst=f"{100 * r['robust']['worst_draw']:.1f}")
+    for given, quality in r.get("reconstructions", {}).items():
+        text = f"Reconstructions of {given} pictures: BCE {quality['bce']:.3f} a value towards the clean picture"
+        if quality["judge"] is not None:
+            text += f"; the judge labels {100 * quality['judge']:.1f} % of them correctly"
+        lines += ["", text + "."]
     lines += ["", "Audit passed." if r["audit"]["passed"] else "**Audit failed**: these numbers are not robustness."]
     lines += [f"- {message}" for message in r["audit"]["messages"]]
     lines += [

@@ -66,7 +66,7 @@ class Preset:
     classifier_learning_rate: float = 0.2  # peak of a one-cycle schedule, SGD with Nesterov momentum 0.9
     classifier_weight_decay: float = 5e-4
     classifier_ramp: int = 5  #           epochs over which the attack's radius grows from 0 to eps
-    classifier_attack_steps: int = 10  #  PGD, each step eps / 4
+    classifier_attack_steps: int = 10  #  PGD, each step 2.5 eps / steps (Madry et al. 2018)
     classifier_bn_momentum: float = 0.01  # larger where there are few steps for the running statistics to settle
     augment: bool = True  #               random crop and mirror
     classifier_bf16: bool = False  #      its training in mixed precision (for GPUs, and CPUs with bf16 instructions)
@@ -103,7 +103,6 @@ class Preset:
     end_attack_step: float = 1 / 3  #     in units of eps
     end_samples: int = 2  #               S in training
     end_reconstruction: float = 1.0  #    weight of the BCE, a mean over the picture's values
-    end_average: float = 0.995  #         decay of the averaged weights
     own_answer: bool = True  #            members also count the classifier's answer to the picture itself
 
 
@@ -396,13 +395,13 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = p.classifier_bn_momentum
     classifier.to(device)
-    average = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     optimizer = torch.optim.SGD(
         classifier.parameters(), momentum=0.9, nesterov=True, weight_decay=p.classifier_weight_decay
     )
     network = ranks.wrap(classifier)
     count, size = len(data.train_labels), p.classifier_batch_size
     steps_an_epoch = len(datasets.batches(count, size, 0, 0))
+    average = averaged(classifier, steps_an_epoch)
 
     def step(epoch, number, indices, first):
         at = epoch + number / steps_an_epoch
@@ -417,8 +416,9 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
             draws = torch.rand((len(indices), 3), generator=generator, device=device)
             x = datasets.crop_and_flip(x, ranks.share(draws))
         classifier.eval()
+        step_size = 2.5 * eps / p.classifier_attack_steps  # the steps could cross the ball (Madry et al.)
         with torch.autocast(device.type, torch.bfloat16, enabled=p.classifier_bf16 or p.attack_bf16):
-            x = pgd(classifier, x, y, eps, p.classifier_attack_steps, eps / 4, noise=ranks.share(noise))
+            x = pgd(classifier, x, y, eps, p.classifier_attack_steps, step_size, noise=ranks.share(noise))
         network.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=p.classifier_bf16):
             logits = network(x).float()
@@ -434,6 +434,11 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
     with run.stopping_gently():
         run.train("classifier", p.classifier_epochs, count, size, parts, ("loss", "robust"), step)
     return unwrapped(average.module, WideResNet(**classifier.config)).to(device).eval()
+
+
+def averaged(module: nn.Module, steps_an_epoch: int) -> AveragedModel:
+    """An exponential average of the weights and of BatchNorm's statistics that reaches back about an epoch."""
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps_an_epoch), use_buffers=True)
 
 
 def unwrapped(trained: nn.Module, fresh: nn.Module) -> nn.Module:
@@ -565,11 +570,11 @@ def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) 
     carso.own_answer = p.own_answer
     for encoder in (purifier.image_encoder, purifier.joint_head, purifier.to_mu, purifier.to_logvar):
         encoder.requires_grad_(False)  # z comes from the prior, as in use
-    average = AveragedModel(purifier, multi_avg_fn=get_ema_multi_avg_fn(p.end_average), use_buffers=True)
     optimizer = torch.optim.Adam([q for q in purifier.parameters() if q.requires_grad], p.end_learning_rate)
     network = ranks.wrap(WholePass(carso))
     count, size = len(data.train_labels), p.end_batch_size
     steps_an_epoch = len(datasets.batches(count, size, 0, 0))
+    average = averaged(purifier, steps_an_epoch)
 
     def step(epoch, number, indices, first):
         done = (epoch + number / steps_an_epoch) / p.end_epochs
@@ -645,8 +650,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--data-dir", default="data", help="where downloads and caches go (default: data)")
     parser.add_argument("--objective", choices=["paper", "end-to-end"], default="paper", help="the paper's, or "
                         "adversarial training of the purifier inside the whole defence (default: paper)")  # fmt: skip
-    parser.add_argument("--from", dest="start", metavar="FILE", help="for end-to-end: a carso.pt, or 'scratch' for a fresh purifier "
-                        "(default: runs/DATASET/carso.pt, what the paper's objective made)")  # fmt: skip
+    parser.add_argument("--from", dest="start", metavar="FILE", help="for end-to-end: a carso.pt, or 'scratch' for a "
+                        "fresh purifier (default: runs/DATASET/carso.pt, which --objective paper makes)")  # fmt: skip
     parser.add_argument("--preset", choices=PRESETS, help="default: the data set's own, cifar10's for a path")
     parser.add_argument("--name", help="folder under runs/ (default: the data set's name)")
     parser.add_argument("--classifier", help="'train', 'published' (the paper's, downloaded), or a file of weights "

@@ -12,11 +12,12 @@ import torch
 from conftest import fresh_carso
 from test_purifier import published_folder
 from test_train import command, refusal, run
-from torch.nn.functional import one_hot
+from torch.nn.functional import binary_cross_entropy, one_hot
 from torch.testing import assert_close
 
 import evaluate
 from attacks import apgd, project
+from data import load
 from evaluate import (
     AGGREGATIONS,
     ATTACKS,
@@ -290,6 +291,19 @@ def test_a_bare_classifier_is_evaluated_like_a_defence(folder):
     run(folder, *options, "--out", "file", *TINY, "rand", script="evaluate.py")
     rows = [(folder / name / "rows.tsv").read_text() for name in ("bare", "file")]
     assert rows[0] == rows[1]
+    run(folder, "--ckpt", "carso.pt", "--out", "judged", "--judge", "classifier.pt", *TINY, script="evaluate.py")
+    report = json.loads((folder / "judged" / "report.json").read_text())
+    quality = report["reconstructions"]["clean"]
+    data, bce, right = load("digits", "data"), [], []
+    for start in (0, 3):  # the chunks, as evaluate.py seeds them
+        x, y = data.test_images[start : start + 3] / 255, data.test_labels[start : start + 3]
+        carso.manual_seed(start)
+        members = carso.purify(x, carso.draw(x, 2))
+        bce.append(binary_cross_entropy(members, x[:, None].expand_as(members)).item())
+        right.append(
+            (carso.classifier(members.flatten(0, 1)).argmax(1) == y.repeat_interleave(2)).float().mean().item()
+        )
+    assert quality == {"bce": pytest.approx(np.mean(bce)), "judge": pytest.approx(np.mean(right))}
 
 
 def test_the_authors_defence_from_its_four_files(folder, reference_carso):
