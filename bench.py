@@ -241,7 +241,9 @@ def parts_table(args, carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
     eager, ways = ours(carso, x, y, bf16), {"ours": ours(carso, x, y, bf16, args.compile)}
     if args.against:
         ways["naive"] = naive(carso, x, y)
-    flop, memory = {name: count_flop(work) for name, work in eager.items()}, activations(carso, x)
+    flop = {name: count_flop(work) for name, work in eager.items()}
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        memory = activations(carso, x)
     times, limit = measure(ways, x.device, args.repeats, torch.bfloat16 if bf16 else torch.float32)
     rows = []
     for name in ways["ours"]:
