@@ -93,6 +93,7 @@ class Preset:
     fraction: float = 0.5  #              perturbed share of each batch
     attack_steps: int = 40  #             PGD
     attack_step_size: float = 0.01  #     in pixels
+    attack_bf16: bool = False  #          attacks in mixed precision (for GPUs, and CPUs with bf16 instructions)
 
     # Training end to end, --objective end-to-end (ours; what was tried stands in the README, "Does it work?")
     end_epochs: int = 20
@@ -586,10 +587,11 @@ def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) 
         z = iter([ranks.share(part) for part in torch.randn(shape, generator=generator, device=device)])
 
         carso.eval()
-        x = pgd(
-            lambda x: robust_logits(carso.member_logits(x, next(z))), clean, y, p.eps, p.end_attack_steps,
-            2.5 * p.eps / p.end_attack_steps, noise=ranks.share(noise),
-        )  # fmt: skip
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.attack_bf16):
+            x = pgd(
+                lambda x: robust_logits(carso.member_logits(x, next(z)).float()), clean, y, p.eps, p.end_attack_steps,
+                2.5 * p.eps / p.end_attack_steps, noise=ranks.share(noise),
+            )  # fmt: skip
         network.train()
         reconstructions, members = network(x, next(z))
         logits = robust_logits(members)
