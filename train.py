@@ -93,16 +93,15 @@ class Preset:
     fraction: float = 0.5  #              perturbed share of each batch
     attack_steps: int = 40  #             PGD
     attack_step_size: float = 0.01  #     in pixels
-    attack_bf16: bool = False  #          attacks of both stages in mixed precision (GPUs, CPUs with bf16 instructions)
+    attack_bf16: bool = False  #          attacks in mixed precision (for GPUs, and CPUs with bf16 instructions)
 
-    # Training end to end, --objective end-to-end (ours): table "Does it work?" of the README
+    # Training end to end, --objective end-to-end (ours; what was tried stands in the README, "Does it work?")
     end_epochs: int = 20
     end_batch_size: int = 512  #          pictures a step, over all ranks
     end_learning_rate: float = 1e-3  #    Adam, falls linearly to 0
-    end_attack_steps: int = 5  #          PGD on the whole defence
-    end_attack_step: float = 1 / 3  #     in units of eps
-    end_samples: int = 2  #               S in training
-    end_reconstruction: float = 1.0  #    weight of the BCE, a mean over the picture's values
+    end_attack_steps: int = 5  #          PGD on the whole defence, each step 2.5 eps / steps
+    end_samples: int = 1  #               S in training
+    end_reconstruction: float = 4.0  #    weight of the BCE, a mean over the picture's values
     own_answer: bool = True  #            members also count the classifier's answer to the picture itself
 
 
@@ -115,6 +114,7 @@ PRESETS = {
         condition_dim=64, latent_dim=16, decoder_width=64,
         epochs=24, batch_size=64, learning_rate=4e-3, learning_rate_start=5e-9, learning_rate_end=4e-6,
         warmup=3, plateau=6, kl_from=3, kl_to=6, eps=0.2, attack_steps=10, attack_step_size=0.05,
+        end_epochs=14, end_batch_size=64,
     ),
     "cifar10": PAPER,
     "cifar100": dataclasses.replace(PAPER, batch_size=2560, fraction=0.15),  # 4 GPUs x 640
@@ -592,7 +592,7 @@ def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) 
         with torch.autocast(device.type, torch.bfloat16, enabled=p.attack_bf16):
             x = pgd(
                 lambda x: robust_logits(carso.member_logits(x, next(z))), clean, y, p.eps, p.end_attack_steps,
-                p.eps * p.end_attack_step, noise=ranks.share(noise),
+                2.5 * p.eps / p.end_attack_steps, noise=ranks.share(noise),
             )  # fmt: skip
         network.train()
         reconstructions, members = network(x, next(z))
@@ -685,8 +685,9 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         WideResNet(2, p.depth, p.width)  # says what is wrong with a depth
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError("--micro-batch must be 1 or more")
-    if min(p.epochs, p.batch_size, p.classifier_epochs, p.classifier_batch_size, p.samples, p.width) < 1:
-        raise ValueError("epochs, batch sizes, samples and width must be 1 or more")
+    counts = p.epochs, p.batch_size, p.classifier_epochs, p.classifier_batch_size, p.samples, p.width
+    if min(*counts, p.end_epochs, p.end_batch_size, p.end_attack_steps, p.end_samples) < 1:
+        raise ValueError("epochs, batch sizes, attack steps, samples and width must be 1 or more")
     if p.epochs != PRESETS[name].epochs:  # a shorter or longer run keeps the schedule's proportions
         # (but one epoch of warm-up: RAdam's first five steps follow the bare gradient of a summed loss, which is huge)
         scale = p.epochs / PRESETS[name].epochs

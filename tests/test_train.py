@@ -216,7 +216,9 @@ def test_end_to_end_trains_the_decoders_path_and_nothing_else(folder, end_to_end
 
 def test_end_to_end_on_two_processes(folder, end_to_end):
     run(folder, *end_to_end, "--name", "end-2", ranks=2)
-    same_weights(folder, "end", "end-2", rtol=1e-3, atol=1e-3)
+    same_weights(folder, "end", "end-2", rtol=0.02, atol=0.02)  # Adam makes steps of full length of roundings, too
+    logs = [np.loadtxt(folder / "runs" / name / "log-end-to-end.tsv", skiprows=1) for name in ("end", "end-2")]
+    np.testing.assert_allclose(*logs, rtol=1e-3)
 
 
 def test_end_to_end_killed_goes_on_and_ends_bitwise_equal(folder, end_to_end):
