@@ -177,11 +177,14 @@ class Lookahead:
 # ------------------------------------------------------------------------------------------ stage one: the classifier
 
 
-def train_classifier(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
-    """PGD adversarial training (Madry et al. 2018) with an averaged copy of the weights as the result."""
+def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start: WideResNet | None = None) -> WideResNet:
+    """PGD adversarial training (Madry et al. 2018) with an averaged copy of the weights as the result; from fresh
+    weights, or on from those of `start`."""
     ranks, device = run.ranks, run.ranks.device
     torch.manual_seed(run.config["seed"])
     classifier = WideResNet(len(data.classes), p.depth, p.width, data.train_images.shape[1], data.mean, data.std)
+    if start is not None:
+        classifier.load_state_dict(start.state_dict())
     for layer in classifier.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = p.classifier_bn_momentum
@@ -447,6 +450,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--name", help="folder under runs/ (default: the data set's name)")
     parser.add_argument("--classifier", help="'train', 'published' (the paper's, downloaded), or a file of weights "
                         "(default: published for cifar10, cifar100 and tinyimagenet, train elsewhere)")  # fmt: skip
+    parser.add_argument("--train-on", metavar="FILE", help="stage one goes on from these weights of a classifier, of "
+                        "the same depth and width")  # fmt: skip
     parser.add_argument("--trust-pickle", action="store_true", help="open such a file even if it runs code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -491,8 +496,11 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         args.start = args.start or str(Path("runs") / stem / "carso.pt")
     elif args.start is not None:
         raise ValueError("--from goes with --objective end-to-end")
+    if args.train_on and (args.classifier or "train") != "train":
+        raise ValueError("--train-on and --classifier exclude each other: is the classifier to be trained or not?")
     if args.classifier is None:
         as_published = args.dataset in PUBLISHED and (p.depth, p.width) == (PAPER.depth, PAPER.width)
+        as_published = as_published and not args.train_on
         args.classifier = "published" if as_published else "train"
     if args.classifier == "published" and args.dataset not in PUBLISHED:
         raise ValueError(f"no classifier is published for {args.dataset}; known are {', '.join(PUBLISHED)}")
@@ -514,10 +522,10 @@ def load_data(args, p: Preset, ranks: Ranks) -> datasets.Dataset:
     return data
 
 
-def load_classifier(args, data: datasets.Dataset, ranks: Ranks) -> WideResNet:
+def load_classifier(weights: str, args, data: datasets.Dataset, ranks: Ranks) -> WideResNet:
     """Stage one from a file, downloaded if it is the published one; its clean accuracy is checked where we know it."""
-    file, expected = Path(args.classifier), None
-    if args.classifier == "published":
+    file, expected = Path(weights), None
+    if weights == "published":
         name, expected = PUBLISHED[args.dataset]
         file = Path(args.data_dir) / Path(name).name
         with ranks.one_by_one():
@@ -534,12 +542,12 @@ def load_classifier(args, data: datasets.Dataset, ranks: Ranks) -> WideResNet:
     return classifier
 
 
-def stage_one(run: Run, data: datasets.Dataset, p: Preset) -> WideResNet:
+def stage_one(run: Run, data: datasets.Dataset, p: Preset, start: WideResNet | None = None) -> WideResNet:
     """Train a classifier, measure it, keep it as classifier.pt; or take the one that this run made before."""
     path = run.folder / "classifier.pt"
     if path.is_file():
         return load_published_classifier(path, len(data.classes)).to(run.ranks.device)
-    classifier = train_classifier(run, data, p)
+    classifier = train_classifier(run, data, p, start)
     attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)
     torch.manual_seed(0)
     clean, robust = accuracy(classifier, data, 500), accuracy(classifier, data, 500, attack)
@@ -599,6 +607,8 @@ def main() -> int:
         config = {"dataset": args.dataset, "classifier": args.classifier, "seed": args.seed, **dataclasses.asdict(p)}
         if args.objective == "end-to-end":
             config |= {"objective": args.objective, "start": args.start}
+        if args.train_on:
+            config |= {"train_on": args.train_on}
         run = Run(folder, config, ranks, 60 * args.save_every)
         if (folder / "config.json").is_file():
             check_config(folder / "config.json", config, "--name")
@@ -606,11 +616,14 @@ def main() -> int:
             load_checkpoint(folder / "carso.pt")
             run.say(f"{folder / 'carso.pt'} is complete: attack it with evaluate.py --ckpt, or choose another --name")
             return 0
-        start, classifier = None, None
+        start, classifier, weights = None, None, args.train_on or args.classifier
         if args.objective == "end-to-end" and args.start != "scratch":
             start = load_start(args.start, data, ranks.device)
-        elif args.classifier != "train":
-            classifier = load_classifier(args, data, ranks)
+        elif weights != "train":
+            classifier = load_classifier(weights, args, data, ranks)
+            size = classifier.config["depth"], classifier.config["width"]
+            if args.train_on and size != (p.depth, p.width):
+                raise ValueError(f"{args.train_on} is a WRN-{size[0]}-{size[1]}: say so with --depth and --width")
         if ranks.first:
             check_config(folder / "config.json", config, "--name")
     except (ValueError, OSError) as error:
@@ -620,7 +633,9 @@ def main() -> int:
     run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, {len(data.classes)} classes; "
             f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip
     try:
-        carso = start or fresh_carso(args, data, classifier or stage_one(run, data, p), p).to(ranks.device)
+        if start is None and (classifier is None or args.train_on):
+            classifier = stage_one(run, data, p, classifier)
+        carso = start or fresh_carso(args, data, classifier, p).to(ranks.device)
         if args.objective == "end-to-end":
             train_end_to_end(run, data, carso, p)
         else:

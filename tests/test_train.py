@@ -271,6 +271,26 @@ def test_a_classifier_from_a_file(folder):
     same_weights(folder, "whole", "given", rtol=0, atol=0)
 
 
+def test_stage_one_goes_on_from_given_weights(folder):
+    weights = folder / "runs" / "whole" / "classifier.pt"
+    options = [
+        "--dataset",
+        "tiny.npz",
+        *TINY,
+        "--train-on",
+        weights,
+        "--classifier-learning-rate",
+        "0",
+        "--epochs",
+        "1",
+    ]
+    output = run(folder, *options, "--classifier-weight-decay", "0", "--name", "on")
+    assert "classifier: 1 epochs" in output, output
+    before, after = (torch.load(folder / "runs" / n / "classifier.pt")["state_dict"] for n in ("whole", "on"))
+    for key, old in before.items():  # the learning rate is 0: only BatchNorm's statistics move
+        assert torch.equal(old, after[key]) != ("running" in key or "tracked" in key), key
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
@@ -286,6 +306,7 @@ def test_a_classifier_from_a_file(folder):
         (["--objective", "end-to-end"], "no runs/digits/carso.pt to start from"),
         (["--objective", "end-to-end", "--classifier", "train"], "goes with --from scratch"),
         (["--from", "scratch"], "goes with --objective end-to-end"),
+        (["--train-on", "a.pt", "--classifier", "b.pt"], "exclude each other"),
     ],
 )  # fmt: skip
 def test_wrong_input_gets_a_sentence(tmp_path, monkeypatch, capsys, options, sentence):
@@ -348,11 +369,11 @@ def test_published_classifier_is_downloaded_and_checked(tmp_path, monkeypatch):
         for expected, accepted in ((0.0, True), (0.99, False)):
             monkeypatch.setitem(train.PUBLISHED, "digits", ("weights.safetensors", expected))
             if accepted:
-                assert train.load_classifier(args, digits, ranks).config["depth"] == 10
+                assert train.load_classifier("published", args, digits, ranks).config["depth"] == 10
                 assert (tmp_path / "weights.safetensors").is_file()
             else:
                 with pytest.raises(ValueError, match="should classify 99.0%"):
-                    train.load_classifier(args, digits, ranks)
+                    train.load_classifier("published", args, digits, ranks)
         httpd.shutdown()
 
 
