@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import fresh_carso
 from test_purifier import published_folder
-from test_train import command, refusal, run
+from test_train import command, here, refusal, run
 from torch.nn.functional import binary_cross_entropy, one_hot
 from torch.testing import assert_close
 
@@ -278,20 +278,20 @@ def test_controls_cut_what_they_name(folder, tiny_carso):
     tiny_carso.own_answer = False
 
 
-def test_a_bare_classifier_is_evaluated_like_a_defence(folder):
-    output = run(
-        folder, "--ckpt", "carso.pt", "--control", "classifier", "--out", "bare", *TINY, "rand", script="evaluate.py"
-    )
+def test_a_bare_classifier_is_evaluated_like_a_defence(folder, monkeypatch, capsys):
+    options = ["--ckpt", "carso.pt", "--control", "classifier", "--out", "bare", *TINY]
+    output = here(evaluate, folder, options, monkeypatch, capsys)
     report = json.loads((folder / "bare" / "report.json").read_text())
     assert "standard" in report["counted"] and report["config"]["control"] == "classifier", output
     carso = load_checkpoint(folder / "carso.pt")[0]
     weights = carso.classifier.state_dict() | {"mean": carso.classifier.mean, "std": carso.classifier.std}
     torch.save({"state_dict": weights}, folder / "classifier.pt")
-    options = ("--ckpt", "classifier.pt", "--dataset", "digits", "--eps", "0.2")
-    run(folder, *options, "--out", "file", *TINY, "rand", script="evaluate.py")
+    options = ["--ckpt", "classifier.pt", "--dataset", "digits", "--eps", "0.2", "--out", "file", *TINY]
+    here(evaluate, folder, options, monkeypatch, capsys)
     rows = [(folder / name / "rows.tsv").read_text() for name in ("bare", "file")]
     assert rows[0] == rows[1]
-    run(folder, "--ckpt", "carso.pt", "--out", "judged", "--judge", "classifier.pt", *TINY, script="evaluate.py")
+    options = ["--ckpt", "carso.pt", "--out", "judged", "--judge", "classifier.pt", *TINY, "--attack", "noise"]
+    here(evaluate, folder, options, monkeypatch, capsys)
     report = json.loads((folder / "judged" / "report.json").read_text())
     quality = report["reconstructions"]["clean"]
     data, bce, right = load("digits", "data"), [], []

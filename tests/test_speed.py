@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import fresh_carso
-from test_train import run
+from test_train import here
 from torch import nn
 from torch.testing import assert_close
 
@@ -131,11 +131,10 @@ def folder(tmp_path_factory):
 SMALL = "--pictures 4 --steps 1 --eot 2 --queries 2 --targets 2 --select 1 --draws 2 --chunk 4 --device cpu".split()
 
 
-def test_the_report_names_the_precision_and_work_cannot_mix(folder, monkeypatch):
+def test_the_report_names_the_precision_and_work_cannot_mix(folder, monkeypatch, capsys):
     options = ["--ckpt", "carso.pt", *SMALL, "--attack", "rand", "--search-precision", "bf16", "--out", "reduced"]
-    assert "Attacks searched in bfloat16" in run(folder, *options, script="evaluate.py")
+    assert "Attacks searched in bfloat16" in here(evaluate, folder, options, monkeypatch, capsys)
     assert json.loads((folder / "reduced" / "report.json").read_text())["config"]["search_precision"] == "bf16"
-    monkeypatch.chdir(folder)
     options[options.index("bf16")] = "fp32"
     with pytest.raises(ValueError, match="search_precision: bf16 there, fp32 now"):
         evaluate.prepare(evaluate.parse_arguments(options))

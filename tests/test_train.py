@@ -95,6 +95,23 @@ def run(folder, *options, code=0, **how) -> str:
     return done.stdout
 
 
+def here(script, folder, options, monkeypatch, capsys, code=0) -> str:
+    """What a script's main says in this process, which saves the seconds of a start."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, options)])
+    try:
+        status = script.main()
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    said = capsys.readouterr()
+    assert status == code, said
+    return said.out + said.err
+
+
+def refusal(script, folder, options, monkeypatch, capsys) -> str:
+    return here(script, folder, options, monkeypatch, capsys, code=2)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny data set, and one complete run on it, named whole."""
@@ -237,10 +254,11 @@ def test_end_to_end_killed_goes_on_and_ends_bitwise_equal(folder, end_to_end):
     same_weights(folder, "end", "end-killed", rtol=0, atol=0)
 
 
-def test_end_to_end_lowers_the_loss_under_attack(folder):
+def test_end_to_end_lowers_the_loss_under_attack(folder, monkeypatch, capsys):
     """From scratch, with a real radius: the pictures of three grey levels become separable under attack."""
     options = ["--dataset", "tiny.npz", *TINY, *END, "--from", "scratch", "--end-epochs", "6", "--eps", "0.05"]
-    run(folder, *options, "--classifier", "runs/whole/classifier.pt", "--name", "end-scratch")
+    options += ["--classifier", "runs/whole/classifier.pt", "--name", "end-scratch"]
+    here(train, folder, options, monkeypatch, capsys)
     log = np.loadtxt(folder / "runs" / "end-scratch" / "log-end-to-end.tsv", skiprows=1)
     assert log[-1, 1] < log[0, 1] and log[-1, 2] < log[0, 2]
 
@@ -259,19 +277,21 @@ def test_torchrun_restarts_a_killed_process_and_training_goes_on(folder):
     load_checkpoint(folder / "runs" / "restart" / "carso.pt")
 
 
-def test_other_settings_in_the_same_folder_are_refused(folder):
-    output = run(folder, "--dataset", "tiny.npz", "--name", "whole", *TINY, "--eps", "1/4", code=2)
+def test_other_settings_in_the_same_folder_are_refused(folder, monkeypatch, capsys):
+    options = ["--dataset", "tiny.npz", "--name", "whole", *TINY, "--eps", "1/4"]
+    output = refusal(train, folder, options, monkeypatch, capsys)
     assert "eps: 0.2 there, 0.25 now" in output and "--name" in output
 
 
-def test_a_classifier_from_a_file(folder):
+def test_a_classifier_from_a_file(folder, monkeypatch, capsys):
     weights = folder / "runs" / "whole" / "classifier.pt"
-    output = run(folder, "--dataset", "tiny.npz", "--name", "given", "--classifier", weights, *TINY)
+    options = ["--dataset", "tiny.npz", "--name", "given", "--classifier", weights, *TINY]
+    output = here(train, folder, options, monkeypatch, capsys)
     assert "clean accuracy" in output
     same_weights(folder, "whole", "given", rtol=0, atol=0)
 
 
-def test_stage_one_goes_on_from_given_weights(folder):
+def test_stage_one_goes_on_from_given_weights(folder, monkeypatch, capsys):
     weights = folder / "runs" / "whole" / "classifier.pt"
     options = [
         "--dataset",
@@ -284,7 +304,8 @@ def test_stage_one_goes_on_from_given_weights(folder):
         "--epochs",
         "1",
     ]
-    output = run(folder, *options, "--classifier-weight-decay", "0", "--name", "on")
+    options += ["--classifier-weight-decay", "0", "--name", "on"]
+    output = here(train, folder, options, monkeypatch, capsys)
     assert "classifier: 1 epochs" in output, output
     before, after = (torch.load(folder / "runs" / n / "classifier.pt")["state_dict"] for n in ("whole", "on"))
     for key, old in before.items():  # the learning rate is 0: only BatchNorm's statistics move
@@ -312,19 +333,6 @@ def test_stage_one_goes_on_from_given_weights(folder):
 def test_wrong_input_gets_a_sentence(tmp_path, monkeypatch, capsys, options, sentence):
     assert re.search(sentence, refusal(train, tmp_path, options, monkeypatch, capsys))
     assert not list(tmp_path.iterdir())  # nothing was begun
-
-
-def refusal(script, folder, options, monkeypatch, capsys) -> str:
-    """What a script's main says when it refuses, with exit status 2."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [script.__name__, *options])
-    try:
-        code = script.main()
-    except SystemExit as stop:  # argparse's own
-        code = stop.code
-    said = capsys.readouterr()
-    assert code == 2, said
-    return said.out + said.err
 
 
 def test_a_refusal_from_the_shell(tmp_path):
@@ -389,8 +397,9 @@ def test_published_is_the_default_where_it_exists():
         assert args.classifier == expected
 
 
-def test_mixed_precision_training_of_the_classifier(folder):
-    output = run(folder, "--dataset", "tiny.npz", "--name", "bf16", *TINY, "--classifier-bf16", "true", "--epochs", "1")
+def test_mixed_precision_training_of_the_classifier(folder, monkeypatch, capsys):
+    options = ["--dataset", "tiny.npz", "--name", "bf16", *TINY, "--classifier-bf16", "true", "--epochs", "1"]
+    output = here(train, folder, options, monkeypatch, capsys)
     row = (folder / "runs" / "bf16" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
     full = (folder / "runs" / "whole" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
     assert row != full and float(row[1]) == pytest.approx(float(full[1]), rel=0.05), output
