@@ -2,8 +2,8 @@
 
     python evaluate.py --ckpt runs/digits/carso.pt                              # AutoAttack, as in the paper
     python evaluate.py --ckpt runs/digits/carso.pt --attack all                 # everything we know
-    python evaluate.py --ckpt runs/digits/carso.pt --view naive-odds            # the reference's output: the audit
-    fails python evaluate.py --ckpt runs/digits/carso.pt --sweep eps                  # also steps, eot, samples
+    python evaluate.py --ckpt runs/digits/carso.pt --view naive-odds            # the reference's output: audit fails
+    python evaluate.py --ckpt runs/digits/carso.pt --sweep eps                  # also steps, eot, samples
     python evaluate.py --published DIR --dataset cifar10 --attack paper         # the authors' released weights
     python evaluate.py --model mine.py:build --dataset cifar10 --attack all     # any function that returns an nn.Module
     torchrun --nproc_per_node=8 evaluate.py --ckpt runs/cifar10/carso.pt --attack all
@@ -213,6 +213,12 @@ def without_condition(carso: nn.Module) -> nn.Module:
     return carso
 
 
+def without_own_answer(carso: nn.Module) -> nn.Module:
+    """Members see the reconstruction only, also where training end to end let them see the picture."""
+    carso.own_answer = False
+    return carso
+
+
 def with_fixed_z(carso: nn.Module) -> nn.Module:
     """S latent codes drawn once and for all: a deterministic defence."""
     shape = (carso.samples, carso.purifier.config["latent_dim"])
@@ -229,6 +235,7 @@ CONTROLS = {
     "classifier": lambda carso: carso.classifier,
     "zero-condition": without_condition,
     "fixed-z": with_fixed_z,
+    "purified": without_own_answer,
 }
 
 # ---------------------------------------------------------------------------------------------------- the attacks
@@ -723,13 +730,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     name = args.dataset or state["dataset"]
     data = datasets.load(name, args.data_dir or state.get("data_dir", "data"))
     if hasattr(model, "purifier"):
-        trained_on = tuple(model.purifier.config["image_shape"]), model.classifier.config["num_classes"]
-        given = tuple(data.test_images.shape[1:]), len(data.classes)
-        if given != trained_on:
-            raise ValueError(
-                f"{source} takes pictures {trained_on[0]} of {trained_on[1]} classes; "
-                f"{name} has {given[0]} of {given[1]}"
-            )
+        model.check_fits(source, name, data.test_images.shape[1:], len(data.classes))
     budget = BUDGETS[args.budget or ("reduced" if name == "digits" else "paper")]
     overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(Budget)}
     budget = dataclasses.replace(budget, **{k: v for k, v in overrides.items() if v is not None})

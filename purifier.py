@@ -244,6 +244,15 @@ class CARSO(nn.Module):
         self.classifier.eval()
         return self
 
+    def check_fits(self, path, name: str, image_shape, num_classes: int) -> None:
+        """ValueError if this defence, read from path, is not made for the pictures and classes of data `name`."""
+        made_for = tuple(self.purifier.config["image_shape"]), self.classifier.config["num_classes"]
+        given = tuple(image_shape), num_classes
+        if given != made_for:
+            raise ValueError(
+                f"{path} takes pictures {made_for[0]} of {made_for[1]} classes; {name} has {given[0]} of {given[1]}"
+            )
+
     def manual_seed(self, seed: int) -> None:
         """Restart the latent draws: equal seeds give equal draws, on different ranks different ones."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

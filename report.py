@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
+from PIL import Image
 
 from purifier import write_atomically
 
@@ -303,9 +303,17 @@ def draw_samples(e, table, names, chosen, count: int = 8) -> None:
     if hasattr(e.defence, "purify"):
         e.defence.manual_seed(0)
         tiles += e.defence.purify(adversarial, e.defence.draw(x, 6)).unbind(1)
-    grid = make_grid(torch.stack(tiles, 1).flatten(0, 1).cpu(), nrow=len(tiles), padding=2, pad_value=1.0)
-    grid = F.interpolate(grid[None], scale_factor=2, mode="nearest")[0]
-    write_atomically(e.folder / "samples.png", lambda temporary: save_image(grid, temporary, format="png"))
+    save_grid(e.folder / "samples.png", torch.stack(tiles, 1))
+
+
+def save_grid(path: Path, tiles: torch.Tensor) -> None:
+    """Pictures (rows, columns, C, H, W) in [0, 1] as one PNG of twice the size, white lines between them. (By hand:
+    torchvision would double the time that every script takes to start.)"""
+    lined = F.pad(tiles.cpu(), (2, 0, 2, 0), value=1.0)
+    grid = lined.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (C, rows height, columns width)
+    grid = F.pad(grid, (0, 2, 0, 2), value=1.0).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    pixels = (255 * grid).round().byte().permute(1, 2, 0).squeeze(2).numpy()
+    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="png"))
 
 
 def write_text(path: Path, text: str) -> None:

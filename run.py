@@ -10,13 +10,13 @@ import hashlib
 import os
 import signal
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # all_reduce with gradients
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -66,7 +66,8 @@ class Ranks:
         for layer in module.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.forward = partial(global_batch_norm, layer)  # SyncBatchNorm is for GPUs only
-        return DistributedDataParallel(module, broadcast_buffers=False)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is not in older versions
+            return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def global_batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
@@ -76,19 +77,33 @@ def global_batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -
         return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps)
     dims = [d for d in range(x.ndim) if d != 1]
     shape = [1, -1] + [1] * (x.ndim - 2)
-    all_sum = torch.distributed.nn.functional.all_reduce
+    given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast x is bfloat16
     local_count = x.new_full((1,), x.numel() / x.shape[1])
-    sums = all_sum(torch.cat([x.sum(dims), local_count]))
+    sums = AllSum.apply(torch.cat([x.sum(dims), local_count]))
     mean, count = sums[:-1] / sums[-1], sums[-1].detach()
     centred = x - mean.view(shape)
-    variance = all_sum(centred.square().sum(dims)) / count
+    variance = AllSum.apply(centred.square().sum(dims)) / count
     with torch.no_grad():
         layer.num_batches_tracked += 1
         momentum = layer.momentum if layer.momentum is not None else 1.0 / float(layer.num_batches_tracked)
         layer.running_mean.lerp_(mean, momentum)
         layer.running_var.lerp_(variance * count / (count - 1), momentum)
     normalised = centred * (variance + layer.eps).rsqrt().view(shape)
-    return normalised * layer.weight.view(shape) + layer.bias.view(shape)
+    return (normalised * layer.weight.view(shape) + layer.bias.view(shape)).to(given)
+
+
+class AllSum(torch.autograd.Function):
+    """The sum over all ranks. Each rank's loss sees it, so its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return AllSum.forward(ctx, gradient)
 
 
 def start_ranks(device: str | None) -> Ranks:

@@ -1,8 +1,9 @@
 """Train CARSO: stage one, an adversarially-trained classifier (or a published one); stage two, the purifier.
 
     python train.py                                                    # digits, a laptop, minutes
-    python train.py --dataset mine.npz --preset cifar10 --epochs 50    # your own pictures, any option overrides the
-    preset torchrun --nproc_per_node=8 train.py --dataset cifar10             # the paper's scenario a on one node
+    python train.py --objective end-to-end                             # then: the purifier against attacks on the whole
+    python train.py --dataset mine.npz --preset cifar10 --epochs 50    # your own pictures; options override the preset
+    torchrun --nproc_per_node=8 train.py --dataset cifar10             # the paper's scenario a on one node
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --dataset cifar10
 
 Everything lands in runs/NAME: carso.pt (all that evaluate.py needs), log.tsv (means over the epoch and all ranks),
@@ -25,7 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.utils import make_grid, save_image
 
 import data as datasets
 from aggregate import robust_logits
@@ -41,6 +41,7 @@ from purifier import (
     vae_loss,
     write_atomically,
 )
+from report import save_grid
 from run import Ranks, Run, Stopped, start_ranks
 
 # --------------------------------------------------------------------------------------------------------- presets
@@ -48,7 +49,7 @@ from run import Ranks, Run, Stopped, start_ranks
 
 @dataclass(frozen=True)
 class Preset:
-    """Every number of a training run. The defaults are the paper's scenario a (tables 12 to 14) unless marked
+    """Every number of a training run. The defaults are the paper's scenario a (tables 12 to 14), but for what is marked
     "ours"."""
 
     # The classifier, and its own adversarial training (ours; the paper takes published weights)
@@ -423,9 +424,7 @@ def draw_reconstructions(path: Path, carso: CARSO, data: datasets.Dataset, p: Pr
     z = torch.randn((len(x), 6, carso.purifier.config["latent_dim"]), generator=generator).to(device)
     with torch.no_grad():
         tiles = torch.cat([x[:, None], attacked[:, None], carso.purify(attacked, z)], dim=1)
-    grid = make_grid(tiles.flatten(0, 1).cpu(), nrow=tiles.shape[1], padding=2, pad_value=1.0)
-    grid = F.interpolate(grid[None], scale_factor=2, mode="nearest")[0]
-    write_atomically(path, lambda temporary: save_image(grid, temporary, format="png"))
+    save_grid(path, tiles)
     carso.train(was_training)
 
 
@@ -447,11 +446,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--from", dest="start", metavar="FILE", help="for end-to-end: a carso.pt, or 'scratch' for a "
                         "fresh purifier (default: runs/DATASET/carso.pt, which --objective paper makes)")  # fmt: skip
     parser.add_argument("--preset", choices=PRESETS, help="default: the data set's own, cifar10's for a path")
-    parser.add_argument("--name", help="folder under runs/ (default: the data set's name)")
+    parser.add_argument("--name", help="folder under runs/ (default: the data set's name, and "
+                        "-end-to-end where that is the objective)")  # fmt: skip
     parser.add_argument("--classifier", help="'train', 'published' (the paper's, downloaded), or a file of weights "
                         "(default: published for cifar10, cifar100 and tinyimagenet, train elsewhere)")  # fmt: skip
     parser.add_argument("--train-on", metavar="FILE", help="stage one goes on from these weights of a classifier, of "
                         "the same depth and width")  # fmt: skip
+    parser.add_argument("--tap", nargs="+", metavar="LAYER", help="layers of the classifier that a fresh purifier "
+                        "sees, such as init_conv (default: the paper's, table 5)")  # fmt: skip
     parser.add_argument("--trust-pickle", action="store_true", help="open such a file even if it runs code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -468,8 +470,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
-    """The preset with what the command line overrides, the run's name. ValueError for what makes no
-    sense."""
+    """The preset with what the command line overrides, and the run's name. ValueError for what makes no sense."""
     name = args.preset or (args.dataset if args.dataset in PRESETS else "cifar10")
     overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(Preset)}
     p = dataclasses.replace(PRESETS[name], **{k: v for k, v in overrides.items() if v is not None})
@@ -478,7 +479,9 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     if not 0 <= p.fraction <= 1:
         raise ValueError(f"--fraction {p.fraction:g} is not a share between 0 and 1")
     with torch.device("meta"):
-        WideResNet(2, p.depth, p.width)  # says what is wrong with a depth
+        names = dict(WideResNet(2, p.depth, p.width).named_modules())  # says what is wrong with a depth
+    if unknown := set(args.tap or ()) - names.keys():
+        raise ValueError(f"--tap: a WRN-{p.depth}-{p.width} has no layer {', '.join(sorted(unknown))}")
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError("--micro-batch must be 1 or more")
     counts = p.epochs, p.batch_size, p.classifier_epochs, p.classifier_batch_size, p.samples, p.width
@@ -493,6 +496,8 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     if args.objective == "end-to-end":
         if args.start != "scratch" and args.classifier is not None:
             raise ValueError("--classifier goes with --from scratch; otherwise the classifier is the checkpoint's own")
+        if args.start != "scratch" and args.tap is not None:
+            raise ValueError("--tap goes with --from scratch; otherwise the checkpoint's purifier has its layers")
         args.start = args.start or str(Path("runs") / stem / "carso.pt")
     elif args.start is not None:
         raise ValueError("--from goes with --objective end-to-end")
@@ -559,9 +564,10 @@ def stage_one(run: Run, data: datasets.Dataset, p: Preset, start: WideResNet | N
 
 
 def fresh_carso(args, data: datasets.Dataset, classifier: WideResNet, p: Preset) -> CARSO:
+    """An untrained purifier around a trained classifier."""
     torch.manual_seed(args.seed)
     sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
-    layers = representation_layers(classifier.config["depth"])
+    layers = args.tap or representation_layers(classifier.config["depth"])
     return build_carso(classifier, layers, data.train_images.shape[1:], p.samples, **sizes)
 
 
@@ -586,13 +592,7 @@ def load_start(path, data: datasets.Dataset, device) -> CARSO:
     if not Path(path).is_file():
         raise ValueError(f"there is no {path} to start from: train with --objective paper first, or say --from scratch")
     carso, _ = load_checkpoint(path, device)
-    trained_on = tuple(carso.purifier.config["image_shape"]), carso.classifier.config["num_classes"]
-    given = tuple(data.train_images.shape[1:]), len(data.classes)
-    if given != trained_on:
-        raise ValueError(
-            f"{path} takes pictures {trained_on[0]} of {trained_on[1]} classes; "
-            f"{data.name} has {given[0]} of {given[1]}"
-        )
+    carso.check_fits(path, data.name, data.train_images.shape[1:], len(data.classes))
     return carso
 
 
@@ -609,6 +609,8 @@ def main() -> int:
             config |= {"objective": args.objective, "start": args.start}
         if args.train_on:
             config |= {"train_on": args.train_on}
+        if args.tap:
+            config |= {"tap": args.tap}
         run = Run(folder, config, ranks, 60 * args.save_every)
         if (folder / "config.json").is_file():
             check_config(folder / "config.json", config, "--name")

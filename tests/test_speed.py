@@ -202,6 +202,12 @@ def said_by_bench(options, monkeypatch, capsys) -> str:
     return captured.out + captured.err
 
 
+def test_bench_measures_every_part_both_ways(monkeypatch, capsys):
+    result = json.loads(said_by_bench([*DIGITS, "--against", "naive", "--json"], monkeypatch, capsys))
+    assert len(result["rows"]) == 7 and result["matrix_gflop_per_second"] > 0
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in result["rows"])
+
+
 def test_bench_in_bf16_measures_the_attacks_only(monkeypatch, capsys):
     result = json.loads(said_by_bench([*DIGITS, "--precision", "bf16", "--json"], monkeypatch, capsys))
     assert [row["part"].split()[0] for row in result["rows"]] == ["classifier", "(a)", "(d)", "EoT"]

@@ -133,7 +133,7 @@ def same_weights(folder, one, other, **tolerance):
         assert_close(a[key], b[key], **tolerance, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_a_run_leaves_what_it_promises(folder):
+def test_a_run_leaves_what_it_promises(folder, monkeypatch, capsys):
     whole = folder / "runs" / "whole"
     names = {path.name for path in whole.iterdir()}
     assert names == {"carso.pt", "classifier.pt", "config.json", "log.tsv", "log-classifier.tsv", "reconstructions.png"}
@@ -141,7 +141,7 @@ def test_a_run_leaves_what_it_promises(folder):
     assert log[0].split("\t") == ["epoch", "loss", "bce", "kld"] and len(log) == 4
     carso, state = load_checkpoint(whole / "carso.pt")
     assert state["dataset"] == "tiny.npz" and carso.samples == 2
-    again = run(folder, "--dataset", "tiny.npz", "--name", "whole", *TINY)
+    again = here(train, folder, ["--dataset", "tiny.npz", "--name", "whole", *TINY], monkeypatch, capsys)
     assert "is complete" in again
 
 
@@ -167,12 +167,12 @@ def calm(folder):
 
 
 @pytest.mark.parametrize("how", ["two processes", "micro-batches"])
-def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how):
+def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how, monkeypatch, capsys):
     if how == "two processes":
         output = run(folder, *calm, "--name", how, ranks=2)
         assert "--batch-size 9 over 2 processes" in output
     else:
-        run(folder, *calm, "--name", how, "--micro-batch", "4")
+        here(train, folder, [*calm, "--name", how, "--micro-batch", "4"], monkeypatch, capsys)
     same_weights(folder, "calm", how, rtol=1e-3, atol=1e-3)
     one, other = (np.loadtxt(folder / "runs" / name / "log.tsv", skiprows=1) for name in ("calm", how))
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -257,8 +257,9 @@ def test_end_to_end_killed_goes_on_and_ends_bitwise_equal(folder, end_to_end):
 def test_end_to_end_lowers_the_loss_under_attack(folder, monkeypatch, capsys):
     """From scratch, with a real radius: the pictures of three grey levels become separable under attack."""
     options = ["--dataset", "tiny.npz", *TINY, *END, "--from", "scratch", "--end-epochs", "6", "--eps", "0.05"]
-    options += ["--classifier", "runs/whole/classifier.pt", "--name", "end-scratch"]
+    options += ["--classifier", "runs/whole/classifier.pt", "--name", "end-scratch", "--tap", "init_conv"]
     here(train, folder, options, monkeypatch, capsys)
+    assert load_checkpoint(folder / "runs" / "end-scratch" / "carso.pt")[0].layers == ["init_conv"]
     log = np.loadtxt(folder / "runs" / "end-scratch" / "log-end-to-end.tsv", skiprows=1)
     assert log[-1, 1] < log[0, 1] and log[-1, 2] < log[0, 2]
 
@@ -293,18 +294,8 @@ def test_a_classifier_from_a_file(folder, monkeypatch, capsys):
 
 def test_stage_one_goes_on_from_given_weights(folder, monkeypatch, capsys):
     weights = folder / "runs" / "whole" / "classifier.pt"
-    options = [
-        "--dataset",
-        "tiny.npz",
-        *TINY,
-        "--train-on",
-        weights,
-        "--classifier-learning-rate",
-        "0",
-        "--epochs",
-        "1",
-    ]
-    options += ["--classifier-weight-decay", "0", "--name", "on"]
+    options = ["--dataset", "tiny.npz", *TINY, "--name", "on", "--train-on", weights, "--epochs", "1"]
+    options += ["--classifier-learning-rate", "0", "--classifier-weight-decay", "0"]
     output = here(train, folder, options, monkeypatch, capsys)
     assert "classifier: 1 epochs" in output, output
     before, after = (torch.load(folder / "runs" / n / "classifier.pt")["state_dict"] for n in ("whole", "on"))
@@ -326,6 +317,8 @@ def test_stage_one_goes_on_from_given_weights(folder, monkeypatch, capsys):
         (["--depth", "11"], "6n \\+ 4"),
         (["--objective", "end-to-end"], "no runs/digits/carso.pt to start from"),
         (["--objective", "end-to-end", "--classifier", "train"], "goes with --from scratch"),
+        (["--objective", "end-to-end", "--tap", "init_conv"], "--tap goes with --from scratch"),
+        (["--tap", "init_conv", "layer.9"], "WRN-10-1 has no layer layer.9"),
         (["--from", "scratch"], "goes with --objective end-to-end"),
         (["--train-on", "a.pt", "--classifier", "b.pt"], "exclude each other"),
     ],
