@@ -731,6 +731,11 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     data = datasets.load(name, args.data_dir or state.get("data_dir", "data"))
     if hasattr(model, "purifier"):
         model.check_fits(source, name, data.test_images.shape[1:], len(data.classes))
+    judge = None
+    if args.judge:
+        if not hasattr(model, "purify"):
+            raise ValueError("--judge looks at reconstructions, and this model makes none")
+        judge = load_published_classifier(args.judge, len(data.classes)).to(args.device)
     budget = BUDGETS[args.budget or ("reduced" if name == "digits" else "paper")]
     overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(Budget)}
     budget = dataclasses.replace(budget, **{k: v for k, v in overrides.items() if v is not None})
@@ -770,8 +775,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         check_config(folder / "config.json", config, "--out")
     images, labels = data.test_images[: budget.n], data.test_labels[: budget.n]
     e = Evaluation(model, images, labels, config, budget, folder, args.device, args.limit)
-    if args.judge:
-        e.judge = load_published_classifier(args.judge, len(data.classes)).to(args.device)
+    e.judge = judge
     return e, names, skipped
 
 

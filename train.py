@@ -96,6 +96,7 @@ class Preset:
     end_attack_steps: int = 5  #          PGD on the whole defence, each step 2.5 eps / steps
     end_samples: int = 1  #               S in training
     end_reconstruction: float = 4.0  #    weight of the BCE, a mean over the picture's values
+    end_bf16: bool = False  #             its update in mixed precision; attack_bf16 is for the attacks
     own_answer: bool = True  #            members also count the classifier's answer to the picture itself
 
 
@@ -390,7 +391,8 @@ def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) 
                 2.5 * p.eps / p.end_attack_steps, noise=ranks.share(noise),
             )  # fmt: skip
         network.train()
-        reconstructions, members = network(x, next(z))
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.end_bf16):
+            reconstructions, members = network(x, next(z))
         logits = robust_logits(members)
         cross_entropy = F.cross_entropy(logits, y, reduction="sum")
         bce = F.binary_cross_entropy(reconstructions, clean[:, None].expand_as(reconstructions), reduction="none")

@@ -111,6 +111,8 @@ def test_result_depends_neither_on_processes_nor_on_interruptions(folder, how):
         (["--ckpt", "carso.pt", "--n", "-5"], "must be positive"),
         (["--ckpt", "carso.pt", "--dataset", "colour.npz"], "takes pictures \\(1, 32, 32\\) of 10 classes"),
         (["--ckpt", "carso.pt", "--out", "whole", "--n", "5"], "n: 6 there, 5 now"),
+        (["--ckpt", "carso.pt", "--judge", "nothing.pt"], "no file nothing.pt"),
+        (["--ckpt", "carso.pt", "--control", "classifier", "--judge", "carso.pt"], "this model makes none"),
         (["--ckpt", "carso.pt", "--attack", "magic"], "invalid choice"),
     ],
 )  # fmt: skip
