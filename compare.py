@@ -70,6 +70,10 @@ def compare(groups: list[list[str]]) -> list[dict]:
     return rows
 
 
+def points(difference: float) -> str:
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # + 0.0 makes +0.0 of -0.0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="folders of evaluations; commas join the seeds of one model")
@@ -87,7 +91,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         differences = [
-            f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            f"{points(mean)} ({points(low)} to {points(high)})"
             for mean, low, high in (row["clean_difference"], row["robust_difference"])
         ]
         by_seed = " ".join(f"{100 * value:.1f}" for value in row["by_seed"])

@@ -213,12 +213,6 @@ def without_condition(carso: nn.Module) -> nn.Module:
     return carso
 
 
-def without_own_answer(carso: nn.Module) -> nn.Module:
-    """Members see the reconstruction only, also where training end to end let them see the picture."""
-    carso.own_answer = False
-    return carso
-
-
 def with_fixed_z(carso: nn.Module) -> nn.Module:
     """S latent codes drawn once and for all: a deterministic defence."""
     shape = (carso.samples, carso.purifier.config["latent_dim"])
@@ -235,7 +229,6 @@ CONTROLS = {
     "classifier": lambda carso: carso.classifier,
     "zero-condition": without_condition,
     "fixed-z": with_fixed_z,
-    "purified": without_own_answer,
 }
 
 # ---------------------------------------------------------------------------------------------------- the attacks
@@ -660,6 +653,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--eps", type=parse_number, help="radius in pixels, such as 8/255 (default: the training's)")
     parser.add_argument("--samples", type=int, help="S, reconstructions a picture (default: the checkpoint's)")
+    parser.add_argument("--own-answer", type=parse_number, metavar="SHARE", help="of the classifier's answer to "
+                        "the picture in a member (default: the checkpoint's; 0: only reconstructions)")  # fmt: skip
     parser.add_argument(
         "--control", choices=CONTROLS, help="with --ckpt: a part of the defence, or one with a part cut"
     )
@@ -745,6 +740,10 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     eps = args.eps if args.eps is not None else state.get("config", {}).get("eps", 8 / 255)
     if not 0 <= eps <= 1:
         raise ValueError(f"--eps {eps:g} is not a distance between pixels in [0, 1]; write 8/255, say")
+    if args.own_answer is not None:
+        if not hasattr(model, "own_answer") or not 0 <= args.own_answer < 1:
+            raise ValueError("--own-answer is for a CARSO, a share of at least 0 and less than 1")
+        model.own_answer = args.own_answer
     samples = getattr(model, "samples", 1) if args.samples is None else args.samples
     if samples < 1:
         raise ValueError("--samples must be 1 or more")
@@ -762,6 +761,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "aggregation": args.aggregation,
         "view": args.view or AGGREGATIONS[args.aggregation][1],
         "control": args.control,
+        "own_answer": getattr(model, "own_answer", None),
         "judge": args.judge,
         "seed": args.seed,
         "search_precision": args.search_precision,

@@ -213,8 +213,8 @@ class CARSO(nn.Module):
     Args:
         layers: names of the tapped layers, one for each of the purifier's representation_shapes.
         samples: S, reconstructions a picture (paper: 8).
-        own_answer: each member also counts the classifier's answer to the picture itself, which the recording gives
-            for free (ours, for training end to end; the paper's members see the reconstruction only).
+        own_answer: share in [0, 1) of each member that is the classifier's answer to the picture itself, which the
+            recording gives for free (ours, for training end to end; 0, the paper's: it sees the reconstruction only).
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class CARSO(nn.Module):
         layers: list[str],
         samples: int = 8,
         seed: int = 0,
-        own_answer: bool = False,
+        own_answer: float = 0.0,
     ):
         super().__init__()
         if len(layers) != len(purifier.config["representation_shapes"]):
@@ -233,6 +233,8 @@ class CARSO(nn.Module):
             )
         if samples < 1:
             raise ValueError(f"at least one reconstruction a picture is needed, not {samples}")
+        if not 0 <= own_answer < 1:
+            raise ValueError(f"the own answer's share is at least 0 and less than 1, not {own_answer:g}")
         self.classifier = classifier.requires_grad_(False)
         self.purifier = purifier
         self.layers, self.samples, self.own_answer = list(layers), samples, own_answer
@@ -274,8 +276,11 @@ class CARSO(nn.Module):
         own_logits, condition = self._look(x)
         reconstructions = self._paint(z, condition)
         logits = self.classifier(reconstructions.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, S, K)
-        if self.own_answer:  # half of each: exp(l) becomes the mean of the two exponentials, as in the paper's sum
-            logits = torch.logaddexp(logits, own_logits[:, None].expand_as(logits)) - math.log(2)
+        if (
+            share := self.own_answer
+        ):  # exp(logit) becomes the weighted mean of the two, in the spirit of the paper's sum
+            own = own_logits[:, None].expand_as(logits)
+            logits = torch.logaddexp(logits + math.log(1 - share), own + math.log(share))
         return reconstructions, logits
 
     def purify(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
@@ -376,9 +381,9 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
     load_state(classifier, content["classifier_weights"], path)
     purifier = Purifier(**content["purifier"])
     load_state(purifier, content["purifier_weights"], path)
-    carso = CARSO(
-        classifier, purifier, content["layers"], content["samples"], own_answer=content.get("own_answer", False)
-    )
+    share = content.get("own_answer", 0.0)
+    share = 0.5 if share is True else float(share)  # early checkpoints said yes or no
+    carso = CARSO(classifier, purifier, content["layers"], content["samples"], own_answer=share)
     return carso.to(device), content["state"]
 
 

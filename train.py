@@ -97,7 +97,7 @@ class Preset:
     end_samples: int = 1  #               S in training
     end_reconstruction: float = 4.0  #    weight of the BCE, a mean over the picture's values
     end_bf16: bool = False  #             its update in mixed precision; attack_bf16 is for the attacks
-    own_answer: bool = True  #            members also count the classifier's answer to the picture itself
+    own_answer: float = 0.5  #            share of the classifier's answer to the picture itself in each member
 
 
 PAPER = Preset()
@@ -484,6 +484,8 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         names = dict(WideResNet(2, p.depth, p.width).named_modules())  # says what is wrong with a depth
     if unknown := set(args.tap or ()) - names.keys():
         raise ValueError(f"--tap: a WRN-{p.depth}-{p.width} has no layer {', '.join(sorted(unknown))}")
+    if not 0 <= p.own_answer < 1:
+        raise ValueError(f"--own-answer {p.own_answer:g} is not a share of at least 0 and less than 1")
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError("--micro-batch must be 1 or more")
     counts = p.epochs, p.batch_size, p.classifier_epochs, p.classifier_batch_size, p.samples, p.width

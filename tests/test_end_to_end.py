@@ -22,13 +22,14 @@ def carso(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def test_own_answer_is_the_mean_of_exponentials(carso):
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_own_answer_is_a_share_of_the_exponentials(carso, share):
     """Values, and gradients in the picture: through the reconstruction and through the classifier's own answer."""
-    carso.own_answer = True
+    carso.own_answer = share
     x = torch.rand(3, *carso.purifier.config["image_shape"], requires_grad=True)
     z = torch.randn(3, 2, 4)
     painted = carso.classifier(carso.purify(x, z).flatten(0, 1)).exp().unflatten(0, (3, 2))
-    plain = ((painted + carso.classifier(x).exp()[:, None]) / 2).log()
+    plain = ((1 - share) * painted + share * carso.classifier(x).exp()[:, None]).log()
     ours = carso.member_logits(x, z)
     assert_close(ours, plain)
     gradients = [torch.autograd.grad(logits.sin().sum(), x)[0] for logits in (ours, plain)]
@@ -46,7 +47,7 @@ def test_the_average_reaches_back_an_epoch():
     assert_close(average.module.weight, torch.full((2, 2), plain))
 
 
-@pytest.mark.parametrize("own_answer", [True, False])
+@pytest.mark.parametrize("own_answer", [0, 0.5, 0.7])
 def test_end_to_end_is_its_recipe(monkeypatch, carso, own_answer):
     """Three steps of two pictures, of two members each, and their average."""
     p = train.dataclasses.replace(
@@ -63,8 +64,7 @@ def test_end_to_end_is_its_recipe(monkeypatch, carso, own_answer):
 
     def logits(x, z):
         members = plain.classifier(plain.purify(x, z).flatten(0, 1)).unflatten(0, z.shape[:2]).exp()
-        if own_answer:
-            members = (members + plain.classifier(x).exp()[:, None]) / 2
+        members = (1 - own_answer) * members + own_answer * plain.classifier(x).exp()[:, None]
         return members.sum(1).log()
 
     used = ("layer_encoders", "condition_head", "decoder")

@@ -109,6 +109,8 @@ def test_result_depends_neither_on_processes_nor_on_interruptions(folder, how):
         (["--ckpt", "carso.pt", "--eps", "x"], "not a number such as 8/255"),
         (["--ckpt", "carso.pt", "--samples", "-1"], "must be 1 or more"),
         (["--ckpt", "carso.pt", "--n", "-5"], "must be positive"),
+        (["--ckpt", "carso.pt", "--own-answer", "1"], "less than 1"),
+        (["--ckpt", "carso.pt", "--control", "classifier", "--own-answer", "0.5"], "is for a CARSO"),
         (["--ckpt", "carso.pt", "--dataset", "colour.npz"], "takes pictures \\(1, 32, 32\\) of 10 classes"),
         (["--ckpt", "carso.pt", "--out", "whole", "--n", "5"], "n: 6 there, 5 now"),
         (["--ckpt", "carso.pt", "--judge", "nothing.pt"], "no file nothing.pt"),
@@ -275,11 +277,8 @@ def test_controls_cut_what_they_name(folder, tiny_carso):
     assert torch.equal(fixed.draw(x, 2 * fixed.samples)[:, : fixed.samples], fixed.draw(x, fixed.samples))
     blind = evaluate.without_condition(copy.deepcopy(fixed))
     assert torch.equal(blind(x), blind(1 - x)) and not torch.equal(fixed(x), fixed(1 - x))
-    tiny_carso.own_answer = blind.own_answer = True
+    blind.own_answer = 0.5
     assert not torch.equal(blind(x), blind(1 - x))  # the classifier's own answer is still there
-    seen = torch.stack([evaluate.without_own_answer(copy.deepcopy(blind))(x) for x in (x, 1 - x)])
-    assert torch.equal(*seen)  # and now it is gone
-    tiny_carso.own_answer = False
 
 
 def test_a_bare_classifier_is_evaluated_like_a_defence(folder, monkeypatch, capsys):
@@ -295,8 +294,10 @@ def test_a_bare_classifier_is_evaluated_like_a_defence(folder, monkeypatch, caps
     rows = [(folder / name / "rows.tsv").read_text() for name in ("bare", "file")]
     assert rows[0] == rows[1]
     options = ["--ckpt", "carso.pt", "--out", "judged", "--judge", "classifier.pt", *TINY, "--attack", "noise"]
+    options += ["--own-answer", "0.7"]
     here(evaluate, folder, options, monkeypatch, capsys)
     report = json.loads((folder / "judged" / "report.json").read_text())
+    assert report["config"]["own_answer"] == 0.7
     quality = report["reconstructions"]["clean"]
     data, bce, right = load("digits", "data"), [], []
     for start in (0, 3):  # the chunks, as evaluate.py seeds them

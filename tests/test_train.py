@@ -219,7 +219,7 @@ def end_to_end(folder):
 
 def test_end_to_end_trains_the_decoders_path_and_nothing_else(folder, end_to_end):
     before, after = (load_checkpoint(folder / "runs" / name / "carso.pt")[0] for name in ("whole", "end"))
-    assert after.own_answer and not before.own_answer
+    assert after.own_answer == 0.5 and before.own_answer == 0
     frozen = ("classifier.", "purifier.image_encoder", "purifier.joint_head", "purifier.to_")
     new = after.state_dict()
     for key, old in before.state_dict().items():
@@ -312,6 +312,7 @@ def test_stage_one_goes_on_from_given_weights(folder, monkeypatch, capsys):
         (["--eps", "eight"], "'eight' is not a number such as 8/255"),
         (["--fraction", "1.5"], "not a share between 0 and 1"),
         (["--batch-size", "1"], "leaves a batch of 1"),
+        (["--own-answer", "1"], "not a share of at least 0 and less than 1"),
         (["--epochs", "0"], "must be 1 or more"),
         (["--classifier", "nothing.pt"], "no file nothing.pt"),
         (["--depth", "11"], "6n \\+ 4"),
