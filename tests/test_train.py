@@ -78,7 +78,7 @@ TINY = (
     "--preset digits --epochs 3 --batch-size 9 --classifier-epochs 1 --classifier-batch-size 24 --attack-steps 2 "
     "--classifier-attack-steps 1 --condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2 --device cpu"
 ).split()
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 def command(folder, *options, ranks=1, script="train.py"):
