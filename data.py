@@ -68,14 +68,15 @@ def batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[torch.T
     return torch.randperm(count, generator=generator).tensor_split(math.ceil(count / batch_size))
 
 
-def crop_and_flip(x: torch.Tensor, draws: torch.Tensor, padding: int = 4) -> torch.Tensor:
-    """The usual augmentation of colour pictures: a random crop of the zero-padded picture, mirrored half of the time.
+def augment(x: torch.Tensor, draws: torch.Tensor, mirror: bool = True, padding: int = 4) -> torch.Tensor:
+    """The usual augmentation: a random crop of the zero-padded picture, mirrored half of the time where pictures may
+    be.
 
     x (B, C, H, W); draws (B, 3) uniform in [0, 1): vertical shift, horizontal shift, mirror."""
     size = x.shape[-1]
     shift = (draws[:, :2] * (2 * padding + 1)).long()
     steps = torch.arange(size, device=x.device)
-    columns = torch.where(draws[:, 2:] < 0.5, steps, steps.flip(0))  # (B, W)
+    columns = torch.where(draws[:, 2:] < (0.5 if mirror else 1.0), steps, steps.flip(0))  # (B, W)
     rows = (shift[:, 0, None] + steps)[:, None, :, None]
     columns = (shift[:, 1, None] + columns)[:, None, None, :]
     picture = torch.arange(len(x), device=x.device)[:, None, None, None]

@@ -62,7 +62,8 @@ class Preset:
     classifier_ramp: int = 5  #           epochs over which the attack's radius grows from 0 to eps
     classifier_attack_steps: int = 10  #  PGD, each step 2.5 eps / steps (Madry et al. 2018)
     classifier_bn_momentum: float = 0.01  # larger where there are few steps for the running statistics to settle
-    augment: bool = True  #               random crop and mirror
+    augment: bool = True  #               random crop (a shift by up to 4 pixels), here and end to end
+    mirror: bool = True  #                and half of the pictures mirrored
     classifier_bf16: bool = False  #      its training in mixed precision (for GPUs, and CPUs with bf16 instructions)
 
     # The purifier
@@ -105,7 +106,7 @@ PRESETS = {
     "digits": Preset(  # ours: minutes on two CPU cores
         depth=10, width=1, classifier_epochs=18, classifier_batch_size=64, classifier_learning_rate=0.1,
         classifier_ramp=6, classifier_attack_steps=5, classifier_bn_momentum=0.1,
-        classifier_weight_decay=1e-4, augment=False,
+        classifier_weight_decay=1e-4, augment=False, mirror=False,
         condition_dim=64, latent_dim=16, decoder_width=64,
         epochs=24, batch_size=64, learning_rate=4e-3, learning_rate_start=5e-9, learning_rate_end=4e-6,
         warmup=3, plateau=6, kl_from=3, kl_to=6, eps=0.2, attack_steps=10, attack_step_size=0.05,
@@ -210,7 +211,7 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start: WideRes
         noise = 2 * torch.rand((len(indices), *x.shape[1:]), generator=generator, device=device) - 1
         if p.augment:
             draws = torch.rand((len(indices), 3), generator=generator, device=device)
-            x = datasets.crop_and_flip(x, ranks.share(draws))
+            x = datasets.augment(x, ranks.share(draws), p.mirror)
         classifier.eval()
         step_size = 2.5 * eps / p.classifier_attack_steps  # the steps could cross the ball (Madry et al.)
         with torch.autocast(device.type, torch.bfloat16, enabled=p.classifier_bf16 or p.attack_bf16):
@@ -381,7 +382,7 @@ def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) 
         noise = 2 * torch.rand((len(indices), *clean.shape[1:]), generator=generator, device=device) - 1
         if p.augment:
             draws = torch.rand((len(indices), 3), generator=generator, device=device)
-            clean = datasets.crop_and_flip(clean, ranks.share(draws))
+            clean = datasets.augment(clean, ranks.share(draws), p.mirror)
         z = iter([ranks.share(part) for part in torch.randn(shape, generator=generator, device=device)])
 
         carso.eval()

@@ -275,12 +275,13 @@ def test_shuffle_follows_from_seed_and_epoch():
     assert not torch.equal(first[0], data.batches(100, 10, seed=2, epoch=2)[0])
 
 
-def test_crop_and_flip_equals_slicing():
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_augment_equals_slicing(mirrored):
     x = torch.rand(50, 3, 32, 32)
     draws = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    ours = data.crop_and_flip(x, draws)
+    ours = data.augment(x, draws, mirrored)
     padded = torch.nn.functional.pad(x, [4] * 4)
     for i, (a, b, mirror) in enumerate(draws.tolist()):
         top, left = int(a * 9), int(b * 9)
         crop = padded[i, :, top : top + 32, left : left + 32]
-        assert torch.equal(ours[i], crop if mirror < 0.5 else crop.flip(2))
+        assert torch.equal(ours[i], crop.flip(2) if mirrored and mirror >= 0.5 else crop)
