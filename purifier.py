@@ -276,9 +276,7 @@ class CARSO(nn.Module):
         own_logits, condition = self._look(x)
         reconstructions = self._paint(z, condition)
         logits = self.classifier(reconstructions.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, S, K)
-        if (
-            share := self.own_answer
-        ):  # exp(logit) becomes the weighted mean of the two, in the spirit of the paper's sum
+        if share := self.own_answer:  # exp(logit) becomes the weighted mean of the two, like the paper's sum
             own = own_logits[:, None].expand_as(logits)
             logits = torch.logaddexp(logits + math.log(1 - share), own + math.log(share))
         return reconstructions, logits
