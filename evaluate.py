@@ -71,8 +71,7 @@ BUDGETS = {
     ),
 }
 
-# --------------------------------------------------------------------------------------- decisions, and what attacks
-# see
+# ----------------------------------------------------------------------------------- decisions, and what attacks see
 
 
 def naive_log_odds(logits: torch.Tensor) -> torch.Tensor:

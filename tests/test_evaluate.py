@@ -1,6 +1,7 @@
 """evaluate.py: the pieces, and the real script on a tiny checkpoint."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -34,7 +35,7 @@ from evaluate import (
     sum_of_exponentials,
 )
 from purifier import load_checkpoint, save_checkpoint
-from report import resubmission, signs_in_sweep, signs_of_masking, wilson
+from report import reduced, resubmission, signs_in_sweep, signs_of_masking, wilson
 
 TINY = (
     "--pictures 6 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 3 --device cpu "
@@ -130,6 +131,13 @@ def test_wrong_input_gets_a_sentence(folder, monkeypatch, capsys, options, sente
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces
+
+
+@pytest.mark.parametrize("number", ["steps", "eot", "pgd_steps", "queries", "targets", "select", "draws"])
+def test_one_smaller_number_makes_a_budget_a_reduced_one(number):
+    few_pictures = Budget(n=100, chunk=10)
+    assert not reduced(few_pictures)
+    assert reduced(dataclasses.replace(few_pictures, **{number: getattr(few_pictures, number) - 1}))
 
 
 def test_eot_in_one_batch_is_the_mean_of_single_draws(tiny_carso):
