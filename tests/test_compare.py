@@ -25,9 +25,9 @@ def evaluation(folder, clean, attacks: dict, **report):
 
 def test_each_picture_counts_with_the_attack_that_selection_found_worst(tmp_path):
     attacks = {"a": ([0.5, 0.1, 1.0], [4, 1, 2]), "b": ([0.2, 0.9, 1.0], [3, 0, 0])}
-    _, clean, worst = compare.read(evaluation(tmp_path / "e", [4, 4, 2], attacks))
-    assert clean.tolist() == [1, 1, 0.5]
-    assert worst.tolist() == [0.75, 0.25, 0.5]  # the third: the clean picture was selected first among equals
+    _, clean, worst = compare.read(evaluation(tmp_path / "e", [4, 4, 3], attacks))
+    assert clean.tolist() == [1, 1, 0.75]
+    assert worst.tolist() == [0.75, 0.25, 0.5]  # the third: among equals an attack, not the clean picture
 
 
 def test_pairs_and_seeds(tmp_path):
