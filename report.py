@@ -59,15 +59,19 @@ def gather(e, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
     return table
 
 
+def worst_attacks(table: dict, names: list[str]) -> np.ndarray:
+    """For each picture the attack that the selection draws found worst, as an index into names; what is reported are
+    its fresh draws. Among equals an attack, not the clean picture: few draws make many equals, which would flatter a
+    stochastic defence."""
+    return np.stack([table[name]["select"] + 1e-6 * (name in NO_ATTACK) for name in names]).argmin(0)
+
+
 def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
     """report.json, report.md, rows.tsv and samples.png from the units of work. Returns what report.json holds."""
     table, n = gather(e, names), len(e.labels)
     bare = not hasattr(e.defence, "classifier")  # then what attacks the classifier attacks the model
     counted = [n for n in names if (bare or e.attacks[n].on == "defence") and e.attacks[n].eps is None]
-    # The worst attack of each picture is chosen by the selection draws and reported on the fresh ones. Among equals, a
-    # real attack: few draws make many equals, and a stochastic defence would look better than it is by the clean one.
-    counted.sort(key=NO_ATTACK.__contains__)
-    chosen = np.stack([table[name]["select"] for name in counted]).argmin(0)
+    chosen = worst_attacks(table, counted)
     fresh = np.stack([table[name]["hits"] for name in counted])[chosen, np.arange(n)]
     result = {
         "checkpoint": e.config["checkpoint"],

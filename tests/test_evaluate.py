@@ -35,7 +35,7 @@ from evaluate import (
     sum_of_exponentials,
 )
 from purifier import load_checkpoint, save_checkpoint
-from report import reduced, resubmission, signs_in_sweep, signs_of_masking, wilson
+from report import reduced, resubmission, signs_in_sweep, signs_of_masking, wilson, worst_attacks
 
 TINY = (
     "--pictures 6 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 3 --device cpu "
@@ -131,6 +131,12 @@ def test_wrong_input_gets_a_sentence(folder, monkeypatch, capsys, options, sente
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces
+
+
+def test_among_equals_an_attack_is_the_worst():
+    table = {"clean": [1, 0.2, 0.5], "noise": [1, 0.4, 0.5], "apgd": [1, 0.6, 0.5], "transfer": [1, 0.8, 0.4]}
+    table = {name: {"select": np.array(select)} for name, select in table.items()}
+    assert worst_attacks(table, list(table)).tolist() == [2, 0, 3]
 
 
 @pytest.mark.parametrize("number", ["steps", "eot", "pgd_steps", "queries", "targets", "select", "draws"])
