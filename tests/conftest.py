@@ -1,16 +1,13 @@
 """Shared by all tests: weights by formula, the golden files, tiny models."""
 
 import math
-import os
 import sys
 import zlib
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: with another number of threads sums round in another order
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
