@@ -28,7 +28,8 @@ def read(folder) -> tuple[dict, np.ndarray, np.ndarray]:
         raise ValueError(f"{folder} is not a finished evaluation ({error.strerror}: {error.filename})") from None
     clean, worst = np.full(report["n"], np.nan), np.full(report["n"], np.nan)
     least = np.full(report["n"], np.inf)
-    for row in sorted(rows, key=lambda row: row["attack"] in ("clean", "noise")):  # among equals the first one counts
+    rows.sort(key=lambda row: row["attack"] in ("clean", "noise"))  # to the end: among equals the first one counts
+    for row in rows:
         i, right = int(row["picture"]), int(row["right"]) / int(row["draws"])
         if row["attack"] == "clean":
             clean[i] = right

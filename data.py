@@ -69,8 +69,7 @@ def batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[torch.T
 
 
 def augment(x: torch.Tensor, draws: torch.Tensor, mirror: bool = True, padding: int = 4) -> torch.Tensor:
-    """The usual augmentation: a random crop of the zero-padded picture, mirrored half of the time where pictures may
-    be.
+    """The usual augmentation: a random crop of the zero-padded picture, and, if asked, a mirror half of the time.
 
     x (B, C, H, W); draws (B, 3) uniform in [0, 1): vertical shift, horizontal shift, mirror."""
     size = x.shape[-1]

@@ -16,7 +16,8 @@ from PIL import Image
 
 from purifier import write_atomically
 
-NO_ATTACK = ("clean", "noise")
+NO_ATTACK = ("clean", "noise")  # they count in the worst of all, but are no attack on this model
+
 # Accuracies in % that the paper reports (its tables 2, 3 and 15): classifier clean, AutoAttack; CARSO rand, PGD+EoT.
 PUBLISHED = {
     "cifar10": {"classifier clean": 92.16, "standard": 67.73, "rand": 76.13, "pgd-eot": 76.89},
@@ -222,7 +223,7 @@ def eps_text(eps: float) -> str:
 
 
 def reduced(budget) -> bool:
-    """Does an attack work less, or a score rest on fewer draws, than in the paper (whose numbers are the defaults)?"""
+    """Does an attack work less, or a score rest on fewer draws, than in the paper's budget, the default?"""
     work = ("steps", "eot", "pgd_steps", "queries", "targets", "select", "draws")
     return any(getattr(budget, number) < getattr(type(budget)(), number) for number in work)
 

@@ -47,12 +47,25 @@ def test_the_average_reaches_back_an_epoch():
     assert_close(average.module.weight, torch.full((2, 2), plain))
 
 
-@pytest.mark.parametrize("own_answer", [0, 0.5, 0.7])
-def test_end_to_end_is_its_recipe(monkeypatch, carso, own_answer):
+@pytest.mark.parametrize("mirror", [True, False])
+def test_both_trainings_mirror_where_they_may(monkeypatch, carso, mirror):
+    p = train.dataclasses.replace(train.PRESETS["digits"], augment=True, mirror=mirror)
+    data, asked = datasets.load("digits", "data"), []
+    run = train.Run(None, {"seed": 0}, train.Ranks(0, 1, torch.device("cpu")), 60)
+    monkeypatch.setattr(run, "train", lambda *a: a[6](0, 0, torch.arange(4), 0))
+    monkeypatch.setattr(datasets, "augment", lambda x, draws, mirror: asked.append(mirror) or x)
+    train.train_classifier(run, data, p, carso.classifier)
+    train.train_end_to_end(run, data, carso, p)
+    assert asked == [mirror, mirror]
+
+
+@pytest.mark.parametrize("own_answer, augment", [(0, False), (0.5, False), (0.7, True)])
+def test_end_to_end_is_its_recipe(monkeypatch, carso, own_answer, augment):
     """Three steps of two pictures, of two members each, and their average."""
     p = train.dataclasses.replace(
         train.PRESETS["digits"], own_answer=own_answer, end_batch_size=2, end_epochs=2, end_attack_steps=3,
         end_samples=2, end_reconstruction=3.0, end_learning_rate=0.01, eps=0.1,
+        augment=augment, mirror=True,
     )  # fmt: skip
     data = datasets.load("digits", "data")
     data = train.dataclasses.replace(data, train_images=data.train_images[:6], train_labels=data.train_labels[:6])
@@ -75,6 +88,8 @@ def test_end_to_end_is_its_recipe(monkeypatch, carso, own_answer):
         x, y = data.train_images[pairs[n]] / 255, data.train_labels[pairs[n]]
         random = run.generator("end-to-end", 1, n)
         start = 2 * torch.rand(x.shape, generator=random) - 1
+        if augment:  # test_data.py compares it with slicing
+            x = datasets.augment(x, torch.rand(len(x), 3, generator=random))
         z = torch.randn(4, 2, 2, 4, generator=random)
         plain.eval()
         attacked = (x + 0.1 * start).clamp(0, 1)

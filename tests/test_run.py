@@ -1,4 +1,4 @@
-"""BatchNorm over the pictures of all ranks, against PyTorch's own."""
+"""Many processes as one: BatchNorm over the pictures of all ranks, random numbers that follow from the step."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from run import global_batch_norm
+from run import Ranks, Run, global_batch_norm
 
 
 @pytest.fixture
@@ -39,3 +39,15 @@ def test_global_batch_norm_is_batch_norm(one_rank, shape, dtype):
     assert ways[0][0].dtype == dtype
     for mine, other in zip(*ways, strict=True):
         assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+def test_random_numbers_follow_from_seed_stage_epoch_and_step():
+    def draw(seed, *where):
+        return torch.rand(
+            4, generator=Run(None, {"seed": seed}, Ranks(0, 1, torch.device("cpu")), 60).generator(*where)
+        )
+
+    one = draw(0, "purifier", 1, 2)
+    assert torch.equal(one, draw(0, "purifier", 1, 2))
+    for other in ((1, "purifier", 1, 2), (0, "classifier", 1, 2), (0, "purifier", 2, 2), (0, "purifier", 1, 1)):
+        assert not torch.equal(one, draw(*other)), other
