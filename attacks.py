@@ -5,20 +5,10 @@ at most eps away from x in every pixel (l-infinity), and in [0, 1]. Gradients ar
 the model's parameters never receive any, and its mode (train or eval) is left as it is.
 """
 
-import argparse
 from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
-
-
-def parse_number(text: str) -> float:
-    """'8/255' or '0.03', as people write eps. Raises ArgumentTypeError, which argparse turns into a sentence."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number such as 8/255 or 0.03") from None
-
 
 # ------------------------------------------------------------------------------------------ losses, one per picture
 
@@ -45,19 +35,27 @@ LOSSES = {"ce": cross_entropy, "dlr": dlr}
 # --------------------------------------------------------------------------------------------------- FGSM and PGD
 
 
-def objective(model, y: torch.Tensor, loss: str = "ce", eot: int = 1):
+def objective(model, y: torch.Tensor, loss="ce", eot: int = 1):
     """What an attack climbs: a function from pictures (B, C, H, W) to each picture's loss (B,) and the gradient of it
-    (B, C, H, W), averaged over `eot` evaluations of a stochastic model (EoT, Athalye et al. 2018)."""
+    (B, C, H, W), averaged over `eot` evaluations of a stochastic model (EoT, Athalye et al. 2018).
+
+    model: pictures -> logits (B, K), or (B, E, K) from one that answers E evaluations in one pass, whose losses are
+    averaged as well. loss: a name in LOSSES, or a function (N, K), (N,) -> (N,)."""
+    loss = LOSSES.get(loss, loss)
 
     def losses_and_gradient(x):
         losses, gradient = 0.0, 0.0
         for _ in range(eot):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                values = LOSSES[loss](model(x), y)
-                gradient = gradient + torch.autograd.grad(values.sum(), x)[0] / eot
+                logits = model(x)
+                evaluations = logits.shape[1] if logits.ndim == 3 else 1
+                values = loss(logits.reshape(-1, logits.shape[-1]), y.repeat_interleave(evaluations))
+                values = values.view(-1, evaluations).sum(1) / evaluations  # (B,)
+                if values.requires_grad:  # else nothing flows back to the picture, and the gradient is zero
+                    gradient = gradient + torch.autograd.grad(values.sum(), x)[0] / eot
             losses = losses + values.detach() / eot
-        return losses, gradient
+        return losses, gradient + torch.zeros_like(x)
 
     return losses_and_gradient
 
@@ -76,6 +74,12 @@ def ascend(objective, x, start, eps, steps, step_size) -> torch.Tensor:
 def project(adversarial: torch.Tensor, x: torch.Tensor, eps) -> torch.Tensor:
     """The nearest picture that is at most eps away from x and has its pixels in [0, 1]."""
     return torch.minimum(torch.maximum(adversarial, x - eps), x + eps).clamp(0.0, 1.0)
+
+
+def random_point(x: torch.Tensor, eps, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """A uniformly random point of the ball; noise: uniform in [-1, 1], drawn from torch's generator when None."""
+    noise = torch.empty_like(x).uniform_(-1, 1) if noise is None else noise
+    return project(x + eps * noise, x, eps)
 
 
 def fgsm(model, x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
@@ -99,10 +103,7 @@ def pgd(model, x, y, eps, steps, step_size, random_start=True, eot=1, loss="ce",
     Raises ValueError for pixels outside [0, 1] or a negative radius.
     """
     _check(x, eps)
-    start = x
-    if random_start:
-        noise = torch.empty_like(x).uniform_(-1, 1) if noise is None else noise
-        start = project(x + eps * noise, x, eps)
+    start = random_point(x, eps, noise) if random_start else x
     return ascend(objective(model, y, loss, eot), x, start, eps, steps, step_size)
 
 
@@ -214,7 +215,7 @@ def adversarially_balanced_batch(
     kinds, clean, y, noise = kinds[rows], x[rows], y[rows], noise[rows]
     radius = eps * torch.where(kinds % 2 == 0, 0.5, 1.0).to(x)[:, None, None, None]
     is_pgd = (kinds < 2)[:, None, None, None]
-    start = torch.where(is_pgd, project(clean + radius * noise, clean, radius), clean)
+    start = torch.where(is_pgd, random_point(clean, radius, noise), clean)
     stride = torch.where(is_pgd, step_size, radius)
 
     adversarial = ascend(objective(classifier, y), clean, start, radius, 1, stride)

@@ -11,11 +11,8 @@
 Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, and `note` says so.
 """
 
-import hashlib
 import io
 import math
-import os
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
+
+from lab.files import download, md5, write_npz
 
 NORMALISATION = {  # mean and standard deviation of the training pixels (paper, section 5.1)
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -144,14 +143,14 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
 def _tinyimagenet(archive: Path, data_dir: Path) -> Dataset:
     """The official zip: train/WNID/images/*.JPEG, and val/images/* whose classes stand in val_annotations.txt. Its val
     split serves as test (the test split has no labels). Decoded once, then kept as arrays in data_dir."""
-    cache = data_dir / f"tiny-imagenet-{_md5(archive)[:12]}.npz"
+    cache = data_dir / f"tiny-imagenet-{md5(archive)[:12]}.npz"
     if not cache.is_file():
         try:
             with zipfile.ZipFile(archive) as file:
                 arrays = _decode_tinyimagenet(file)
         except (zipfile.BadZipFile, KeyError, UnidentifiedImageError) as error:
             raise ValueError(f"{archive} is not a zip in Tiny ImageNet's layout ({error})") from None
-        _write(cache, lambda file: np.savez(file, **arrays))
+        write_npz(cache, **arrays)
     with np.load(cache) as file:
         arrays = dict(file)
     return _dataset("tinyimagenet", arrays, arrays["classes"].tolist())
@@ -303,54 +302,3 @@ def _mean_and_std(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float,
     means = [float((n * values).sum() / n.sum()) for n in shares]
     stds = [float((n * (values - m).square()).sum() / n.sum()) ** 0.5 for n, m in zip(shares, means)]
     return tuple(round(m, 4) for m in means), tuple(max(round(s, 4), 1e-3) for s in stds)
-
-
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def download(url: str, path: Path, md5: str | None = None) -> None:
-    """Fetch url to path unless it is there; go on where an earlier try stopped; verify the checksum before renaming.
-
-    Raises OSError when the host cannot be reached, ValueError when the file is not the one expected."""
-    path = Path(path)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        done = partial.stat().st_size if partial.is_file() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                done = done if response.status == 206 else 0  # 200: the host sends the whole file again
-                total = done + int(response.headers.get("Content-Length", 0))
-                progress = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name, disable=None)
-                with open(partial, "ab" if done else "wb") as file, progress:
-                    while block := response.read(1 << 20):
-                        file.write(block)
-                        progress.update(len(block))
-        except OSError as error:
-            raise OSError(f"{url} could not be downloaded ({error}); put the file at {path} by hand") from None
-        if partial.stat().st_size < total:
-            raise OSError(f"the download of {url} broke off; run the same command again to go on")
-        if md5 and _md5(partial) != md5:
-            partial.unlink()
-            raise ValueError(f"what {url} sent is not the expected file (its md5 differs from {md5}); nothing was kept")
-        os.replace(partial, path)
-    elif md5 and _md5(path) != md5:
-        raise ValueError(f"{path} is damaged or another file (its md5 differs from {md5}); delete it and run again")
-
-
-def _md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
-def _write(path: Path, write) -> None:
-    """Under a temporary name, then renamed: a file that exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,10 +10,7 @@ Shapes: B batch, C, H, W image, K classes. A representation is a list of tensors
     logits, representation = record(classifier, representation_layers(28), x)
 """
 
-import contextlib
-import ctypes
 from contextvars import ContextVar
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,12 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-# Mean and standard deviation the published classifiers were trained with, by number of classes (paper, section 5.1).
-PUBLISHED_NORMALISATION = {
-    10: (CIFAR10_MEAN, CIFAR10_STD),
-    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    200: ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),  # Tiny ImageNet
-}
 
 
 # --------------------------------------------------------------------------------------------------- the WideResNet
@@ -201,113 +192,3 @@ def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[t
     if missing := [name for name in layers if name not in recorded]:
         raise ValueError(f"the classifier's forward did not run {', '.join(missing)}")
     return logits, [recorded[name] for name in layers]
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large blocks instead of returning them to the kernel after every layer: 1.4 times as fast on
-    a CPU (measured; see README). Call it once at the start of a script; does nothing where there is no glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, value)
-
-
-# ------------------------------------------------------------------------------------------------- published weights
-
-
-def load_published_classifier(path, num_classes: int, mean=None, std=None, trust_pickle: bool = False) -> WideResNet:
-    """A classifier from a file of published weights, recognised by its content, whatever its name.
-
-    Understands Wang et al. 2023 (`model_state_dict`: the averaged weights), Cui et al. 2023, RobustBench's copies and
-    the CARSO authors' safetensors; depth, width and channels are read off the tensors. The result is in eval mode.
-
-    Args:
-        mean, std: the normalisation of the data it was trained on. Default: the file's own if it holds one, else that
-            of the paper's data set with this number of classes.
-        trust_pickle: open an old checkpoint that holds more than plain tensors. This runs code from the file.
-    Raises:
-        ValueError: with one sentence on what is wrong: a web page, no checkpoint, a state dict that does not fit.
-    """
-    weights = _strip_wrapping(read_tensors(path, trust_pickle))
-    buffers = {name: weights.pop(name) for name in ("mean", "std", "mu", "sigma") if name in weights}
-    if mean is None:
-        known = PUBLISHED_NORMALISATION.get(num_classes)
-        mean = buffers.get("mean", buffers.get("mu", known and known[0]))
-        std = buffers.get("std", buffers.get("sigma", known and known[1]))
-    if mean is None or std is None:
-        raise ValueError(f"{path} holds no mean and std, and {num_classes} classes name none: pass mean= and std=")
-
-    stem, blocks = weights.get("init_conv.weight"), 0
-    first = weights.get("layer.0.block.0.conv_0.weight")
-    while f"layer.0.block.{blocks}.conv_0.weight" in weights:
-        blocks += 1
-    if stem is None or first is None:
-        raise ValueError(f"{path} is not one of the public WideResNets; its first keys are {list(weights)[:4]}")
-    classifier = WideResNet(num_classes, 6 * blocks + 4, first.shape[0] // 16, stem.shape[1], mean, std)
-    load_state(classifier, weights, path)
-    return classifier.eval()
-
-
-def read_tensors(path, trust_pickle: bool = False) -> dict:
-    """The contents of a .safetensors or a torch checkpoint, told apart by their first bytes, on the CPU."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if head.lstrip()[:1] == b"<" or b"<html" in head.lower():
-        raise ValueError(f"{path} is a web page, not a checkpoint: the download went wrong; fetch it again")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a file it does not know
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(
-                f"{path} holds more than tensors; opening it would run code from the file. If you trust its source, "
-                "say so with --trust-pickle"
-            ) from None
-        raise ValueError(f"{path} is not a checkpoint that PyTorch can open; is the file whole?") from None
-
-
-def load_state(module: nn.Module, weights: dict, path) -> None:
-    """`load_state_dict`, with an error that lists what is missing, unexpected, or of another shape."""
-    own = module.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}  # not used at inference; often left out
-    problems = {
-        "missing": [name for name in own if name not in weights and name not in counters],
-        "unexpected": [name for name in weights if name not in own],
-        "of another shape": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for kind, names in problems.items()
-            if names
-        )
-        raise ValueError(f"the weights in {path} do not fit ({text})")
-    module.load_state_dict(weights, strict=not counters - set(weights))
-
-
-def _strip_wrapping(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """Down to {public name: tensor}: unwrap nested dicts, drop prefixes and the left-overs of other training codes."""
-    while isinstance(checkpoint, dict):
-        inner = [key for key in ("model_state_dict", "state_dict", "model") if isinstance(checkpoint.get(key), dict)]
-        if not inner:
-            break
-        checkpoint = checkpoint[inner[0]]
-    if not isinstance(checkpoint, dict):
-        return {}
-    weights = {}
-    for name, tensor in checkpoint.items():
-        while name.startswith(("module.", "model.", "0.")):
-            name = name.split(".", 1)[1]
-        if isinstance(tensor, torch.Tensor) and "sub_block" not in name and name != "n_averaged":
-            weights[name] = tensor
-    return weights

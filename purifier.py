@@ -14,10 +14,7 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 (B, c_i, h_i, w_i).
 """
 
-import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,14 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from aggregate import robust_logits
-from models import (
-    WideResNet,
-    load_published_classifier,
-    load_state,
-    read_tensors,
-    record,
-    representation_layers,
-)
+from models import record
 
 # ---------------------------------------------------------------------------------------------------------- blocks
 
@@ -85,7 +75,6 @@ class Purifier(nn.Module):
         image_shape: (C, H, W), H = W = 32 or 64.
         condition_dim, latent_dim: D and Z (paper: 512 and 128; 768 and 192 for 64 px).
         mean, std: of the training data; the image encoder standardises its input (paper, appendix E.1).
-        image_widths: channels of the image encoder (table 4).
         decoder_width: channels of the decoder's first map; they halve three times (tables 10 and 11).
     """
 
@@ -97,7 +86,6 @@ class Purifier(nn.Module):
         latent_dim: int,
         mean,
         std,
-        image_widths=(6, 12),
         decoder_width: int = 256,
     ):
         super().__init__()
@@ -105,6 +93,13 @@ class Purifier(nn.Module):
         channels, height, width = image_shape
         if height != width or height not in GEOMETRY:
             raise ValueError(f"the purifier's pictures are 32x32 or 64x64, not {height}x{width}")
+        convolutions, side, output_padding, last_kernel = GEOMETRY[height]
+        for number, shape in enumerate(representation_shapes):
+            if len(shape) != 3 or min(shape[1:]) <= 2 * convolutions:
+                raise ValueError(
+                    f"layer {number} of the representation is {shape}; the purifier's {convolutions} convolutions need "
+                    f"maps (c, h, w) of more than {2 * convolutions} pixels: tap an earlier layer"
+                )
         mean, std = (tuple(np.ravel(m).astype(float).tolist()) for m in (mean, std))
         self.config = dict(
             representation_shapes=representation_shapes,
@@ -113,11 +108,9 @@ class Purifier(nn.Module):
             latent_dim=latent_dim,
             mean=mean,
             std=std,
-            image_widths=tuple(image_widths),
             decoder_width=decoder_width,
         )
         self.recompute = False  # True trades time for memory in training: see _code
-        convolutions, side, output_padding, last_kernel = GEOMETRY[height]
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -131,11 +124,10 @@ class Purifier(nn.Module):
         self.condition_head = fc_block(code_size, condition_dim)
 
         # Encoder: image code, joined with the condition (tables 4 and 9).
-        a, b = image_widths
         self.image_encoder = nn.Sequential(
-            conv_block(channels, a, stride=2, padding=1), conv_block(a, b, stride=2, padding=1)
+            conv_block(channels, 6, stride=2, padding=1), conv_block(6, 12, stride=2, padding=1)
         )
-        self.joint_head = fc_block(b * (height // 4) * (width // 4) + condition_dim, latent_dim)
+        self.joint_head = fc_block(12 * (height // 4) * (width // 4) + condition_dim, latent_dim)
         self.to_mu = nn.Linear(latent_dim, latent_dim)
         self.to_logvar = nn.Linear(latent_dim, latent_dim)
 
@@ -246,15 +238,6 @@ class CARSO(nn.Module):
         self.classifier.eval()
         return self
 
-    def check_fits(self, path, name: str, image_shape, num_classes: int) -> None:
-        """ValueError if this defence, read from path, is not made for the pictures and classes of data `name`."""
-        made_for = tuple(self.purifier.config["image_shape"]), self.classifier.config["num_classes"]
-        given = tuple(image_shape), num_classes
-        if given != made_for:
-            raise ValueError(
-                f"{path} takes pictures {made_for[0]} of {made_for[1]} classes; {name} has {given[0]} of {given[1]}"
-            )
-
     def manual_seed(self, seed: int) -> None:
         """Restart the latent draws: equal seeds give equal draws, on different ranks different ones."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -306,126 +289,25 @@ class CARSO(nn.Module):
         return robust_logits(self.member_logits(x, z))
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+def build_carso(
+    classifier: nn.Module, layers: list[str], image_shape, samples: int = 8, mean=None, std=None, **sizes
+) -> CARSO:
+    """CARSO with a fresh purifier that fits this classifier, which may be any nn.Module from pixels to logits.
 
-
-def build_carso(classifier: WideResNet, layers: list[str], image_shape, samples: int = 8, **sizes) -> CARSO:
-    """CARSO with a fresh purifier that fits this classifier; `sizes` are Purifier's remaining arguments."""
-    picture = torch.zeros(1, *image_shape, device=classifier.mean.device)
+    Args:
+        layers: names of modules that put out maps (B, c, h, w); image_shape: (C, H, W).
+        mean, std: of the training data, a number a channel; default: those that a WideResNet holds.
+        sizes: Purifier's remaining arguments, condition_dim, latent_dim, decoder_width.
+    Raises ValueError: a layer is missing or its maps are too small; mean and std are not known.
+    """
+    known = getattr(classifier, "config", {})
+    mean, std = (known.get(name) if given is None else given for name, given in (("mean", mean), ("std", std)))
+    if mean is None or std is None:
+        raise ValueError("this classifier does not say how its data are normalised: pass mean= and std=")
+    picture = torch.zeros(1, *image_shape, device=next(classifier.parameters()).device)
     was_training = classifier.training
     with torch.no_grad():
         _, representation = record(classifier.eval(), layers, picture)
     classifier.train(was_training)
     shapes = [layer.shape[1:] for layer in representation]
-    mean, std = classifier.config["mean"], classifier.config["std"]
     return CARSO(classifier, Purifier(shapes, image_shape, mean=mean, std=std, **sizes), layers, samples)
-
-
-def write_atomically(path, write) -> None:
-    """write(temporary path), then rename: a file that exists is whole, and a failure leaves the previous one alone."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch's own for a full disk
-        raise OSError(
-            f"{path} could not be written ({error}); is the disk full? What was there before is whole"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_config(path: Path, config: dict, option: str) -> None:
-    """A folder holds one configuration: write it to path, or compare. Raises ValueError with the fields that differ,
-    and the option that chooses another folder."""
-    if not path.is_file():
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
-        return
-    old = json.loads(path.read_text())
-    differ = [f"{k}: {old.get(k)} there, {config.get(k)} now" for k in config | old if old.get(k) != config.get(k)]
-    if differ:
-        raise ValueError(f"{path.parent} holds other settings ({'; '.join(differ)}); choose another {option}")
-
-
-def save_checkpoint(path, carso: CARSO, **state) -> None:
-    """One file that needs nothing else: constructors' arguments, weights of classifier and purifier, and `state`, which
-    may hold only plain types and tensors (strings, numbers, lists, dicts)."""
-    content = {
-        "format": "carso-1",
-        "classifier": carso.classifier.config,
-        "classifier_weights": carso.classifier.state_dict(),
-        "purifier": carso.purifier.config,
-        "purifier_weights": carso.purifier.state_dict(),
-        "layers": carso.layers,
-        "samples": carso.samples,
-        "own_answer": carso.own_answer,
-        "state": state,
-    }
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
-
-
-def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
-    """The defence that `save_checkpoint` wrote, in eval mode on `device`, and its `state`.
-
-    Opened with weights_only=True. Raises ValueError if the file is missing, broken, or of another format."""
-    content = read_tensors(path)
-    if not isinstance(content, dict) or content.get("format") != "carso-1":
-        raise ValueError(f"{path} is not a CARSO checkpoint (train.py writes one as runs/NAME/carso.pt)")
-    classifier = WideResNet(**content["classifier"])
-    load_state(classifier, content["classifier_weights"], path)
-    purifier = Purifier(**content["purifier"])
-    load_state(purifier, content["purifier_weights"], path)
-    share = content.get("own_answer", 0.0)
-    share = 0.5 if share is True else float(share)  # early checkpoints said yes or no
-    carso = CARSO(classifier, purifier, content["layers"], content["samples"], own_answer=share)
-    return carso.to(device), content["state"]
-
-
-def load_published_purifier(carso: CARSO, repr_compressors, repr_fcn_compressor, decoder) -> CARSO:
-    """Fill carso's purifier from the authors' three safetensors files and return carso.
-
-    They published what inference needs and not the encoder, which keeps its initial weights: such a purifier can be
-    evaluated, not trained further. Raises ValueError, naming the keys, when a file does not fit."""
-    p = carso.purifier
-    for module, path, renamed in (
-        (p.layer_encoders, repr_compressors, ("", "")),
-        (p.condition_head, repr_fcn_compressor, ("1.", "")),  # their block follows a flattening layer
-        (p.decoder, decoder, ("0.1.", "0.0.")),  #              their Linear follows a concatenation
-    ):
-        theirs, ours = renamed
-        weights = {
-            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
-            for name, tensor in read_tensors(path).items()
-        }
-        load_state(module, weights, path)
-    return carso.eval()
-
-
-PUBLISHED_PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
-
-
-def load_published(folder, num_classes: int, image_shape, samples: int = 8) -> CARSO:
-    """The authors' released defence from the folder that holds their four safetensors files: the classifier's, and
-    those whose names end with PUBLISHED_PARTS. D, Z and the widths are read off the tensors. Raises ValueError."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    parts = {part: [f for f in files if f.stem.endswith(part)] for part in PUBLISHED_PARTS}
-    classifiers = [f for f in files if not f.stem.endswith(PUBLISHED_PARTS)]
-    for what, found in {**parts, "the classifier's weights": classifiers}.items():
-        if len(found) != 1:
-            raise ValueError(f"{folder} should hold exactly one .safetensors file of {what}, not {len(found)}")
-    classifier = load_published_classifier(classifiers[0], num_classes)
-    paths = {part: found[0] for part, found in parts.items()}
-    shapes = {part: {k: v.shape for k, v in read_tensors(path).items()} for part, path in paths.items()}
-    try:
-        condition_dim = shapes["repr_fcn_compressor"]["1.0.weight"][0]
-        latent_dim = shapes["decoder"]["0.1.weight"][1] - condition_dim
-        decoder_width = shapes["decoder"]["1.0.weight"][0]
-    except KeyError as missing:
-        raise ValueError(f"{folder} is not the authors' purifier: there is no tensor {missing}") from None
-    sizes = dict(condition_dim=condition_dim, latent_dim=latent_dim, decoder_width=decoder_width)
-    layers = representation_layers(classifier.config["depth"])
-    return load_published_purifier(build_carso(classifier, layers, image_shape, samples, **sizes), **paths)

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-import compare
-from report import worst_attacks
+from lab import compare
+from lab.report import worst_attacks
 
 
 def evaluation(folder, clean, attacks: dict, **report):

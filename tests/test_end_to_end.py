@@ -1,6 +1,7 @@
 """Training end to end against the same recipe in plain formulas."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import data as datasets
-import train
+from lab import robust_training
+from lab.presets import PRESETS
+from lab.ranks import Ranks
+from lab.run import Run
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def test_own_answer_is_a_share_of_the_exponentials(carso, share):
 
 def test_the_average_reaches_back_an_epoch():
     layer = nn.Linear(2, 2)
-    average, plain = train.averaged(layer, 5), None
+    average, plain = robust_training.averaged(layer, 5), None
     for step in range(12):
         nn.init.constant_(layer.weight, float(step))
         average.update_parameters(layer)
@@ -49,31 +53,31 @@ def test_the_average_reaches_back_an_epoch():
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_both_trainings_mirror_where_they_may(monkeypatch, carso, mirror):
-    p = train.dataclasses.replace(train.PRESETS["digits"], augment=True, mirror=mirror)
+    p = dataclasses.replace(PRESETS["digits"], augment=True, mirror=mirror)
     data, asked = datasets.load("digits", "data"), []
-    run = train.Run(None, {"seed": 0}, train.Ranks(0, 1, torch.device("cpu")), 60)
+    run = Run(None, {"seed": 0}, Ranks(0, 1, torch.device("cpu")), 60)
     monkeypatch.setattr(run, "train", lambda *a: a[6](0, 0, torch.arange(4), 0))
     monkeypatch.setattr(datasets, "augment", lambda x, draws, mirror: asked.append(mirror) or x)
-    train.train_classifier(run, data, p, carso.classifier)
-    train.train_end_to_end(run, data, carso, p)
+    robust_training.train_classifier(run, data, p, carso.classifier)
+    robust_training.train_end_to_end(run, data, carso, p)
     assert asked == [mirror, mirror]
 
 
 @pytest.mark.parametrize("own_answer, augment", [(0, False), (0.5, False), (0.7, True)])
 def test_end_to_end_is_its_recipe(monkeypatch, carso, own_answer, augment):
     """Three steps of two pictures, of two members each, and their average."""
-    p = train.dataclasses.replace(
-        train.PRESETS["digits"], own_answer=own_answer, end_batch_size=2, end_epochs=2, end_attack_steps=3,
+    p = dataclasses.replace(
+        PRESETS["digits"], own_answer=own_answer, end_batch_size=2, end_epochs=2, end_attack_steps=3,
         end_samples=2, end_reconstruction=3.0, end_learning_rate=0.01, eps=0.1,
         augment=augment, mirror=True,
     )  # fmt: skip
     data = datasets.load("digits", "data")
-    data = train.dataclasses.replace(data, train_images=data.train_images[:6], train_labels=data.train_labels[:6])
-    run = train.Run(None, {"seed": 0}, train.Ranks(0, 1, torch.device("cpu")), 60)
+    data = dataclasses.replace(data, train_images=data.train_images[:6], train_labels=data.train_labels[:6])
+    run = Run(None, {"seed": 0}, Ranks(0, 1, torch.device("cpu")), 60)
     pairs = torch.arange(6).view(3, 2)
     plain = copy.deepcopy(carso)
     monkeypatch.setattr(run, "train", lambda *a: [a[6](1, n, pairs[n], 0) for n in range(3)])
-    train.train_end_to_end(run, data, carso, p)
+    robust_training.train_end_to_end(run, data, carso, p)
 
     def logits(x, z):
         members = plain.classifier(plain.purify(x, z).flatten(0, 1)).unflatten(0, z.shape[:2]).exp()

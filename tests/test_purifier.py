@@ -12,17 +12,9 @@ from conftest import TESTS, golden, picture, reference_name, uniform
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from lab.checkpoints import PUBLISHED_PARTS, load_checkpoint, load_published, save_checkpoint
 from models import WideResNet, record, representation_layers
-from purifier import (
-    CARSO,
-    PUBLISHED_PARTS,
-    Purifier,
-    build_carso,
-    load_checkpoint,
-    load_published,
-    save_checkpoint,
-    vae_loss,
-)
+from purifier import CARSO, Purifier, build_carso, vae_loss
 
 SIZES = dict(condition_dim=16, latent_dim=4, decoder_width=16)
 

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
-from run import Ranks, Run, global_batch_norm
+from lab.ranks import Ranks, global_batch_norm
+from lab.run import Run
 
 
 @pytest.fixture

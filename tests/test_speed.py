@@ -1,7 +1,6 @@
 """What is done for speed changes no result (layouts, BatchNorm, mixed precision). Tools that measure and predict."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -10,14 +9,17 @@ from test_train import here
 from torch import nn
 from torch.testing import assert_close
 
-import bench
 import evaluate
-import plan
 import train
 from attacks import adversarially_balanced_batch, objective
-from evaluate import ATTACKS, Budget, Evaluation, Target
+from evaluate import ATTACKS
+from lab.audit import audit
+from lab.checkpoints import save_checkpoint
+from lab.presets import PRESETS, Budget
+from lab.ranks import Ranks
+from lab.suite import Target
+from lab.units import Evaluation
 from models import Norm
-from purifier import save_checkpoint
 
 X = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2])
@@ -31,7 +33,7 @@ def bf16():
 def evaluation(model, folder=None, precision="fp32") -> Evaluation:
     config = dict(eps=0.1, samples=getattr(model, "samples", 1), view="logsumexp", aggregation="robust", seed=0)
     images = (255 * X).to(torch.uint8)
-    return Evaluation(model, images, Y, config | {"search_precision": precision}, BUDGET, folder, "cpu", 64)
+    return Evaluation(model, images, Y, config | {"search_precision": precision}, BUDGET, folder, "cpu", 64, ATTACKS)
 
 
 # ------------------------------------------------------------------------------------------------- the same numbers
@@ -88,11 +90,11 @@ def test_training_with_attacks_in_bf16(monkeypatch):
     on = lambda: torch.is_autocast_enabled("cpu")  # noqa: E731
     for asked in (True, False):
         carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
-        p = train.dataclasses.replace(train.PRESETS["digits"], latent_dim=4, attack_bf16=asked)
+        p = train.dataclasses.replace(PRESETS["digits"], latent_dim=4, bf16=asked)
         seen.clear()
         monkeypatch.setattr(train.Run, "train", lambda self, *a: a[6](0, 0, torch.arange(4), 0))
         data = train.datasets.load("digits", "data")
-        run_ = train.Run(None, {"seed": 0}, train.Ranks(0, 1, torch.device("cpu")), 60)
+        run_ = train.Run(None, {"seed": 0}, Ranks(0, 1, torch.device("cpu")), 60)
         monkeypatch.setattr(train, "refresh_batchnorm", lambda *_: None)
         train.train_purifier(run_, data, carso, p)
         assert seen == [asked, False]
@@ -116,7 +118,7 @@ def test_search_is_bf16_and_scores_are_not(tiny_carso, tmp_path, monkeypatch):
         assert set(seen) == {precision == "bf16"}
         seen.clear()
         e.score("apgd-ce", 0)
-        evaluate.audit(e, count=2, draws=2)
+        audit(e, count=2, draws=2)
         assert set(seen) == {False}
 
 
@@ -138,106 +140,3 @@ def test_the_report_names_the_precision_and_work_cannot_mix(folder, monkeypatch,
     options[options.index("bf16")] = "fp32"
     with pytest.raises(ValueError, match="search_precision: bf16 there, fp32 now"):
         evaluate.prepare(evaluate.parse_arguments(options))
-
-
-# ------------------------------------------------------------------------------------------------------------ --plan
-
-EXACT = ("clean", "noise", "pgd-eot", "apgd", "apgd-ce", "fixed-noise", "transfer")
-
-
-@pytest.mark.parametrize("name", [n for n in ATTACKS if "0.95" not in n])
-def test_the_plan_counts_what_attacks_do(tiny_carso, name):
-    model = tiny_carso.classifier if ATTACKS[name].on == "classifier" else tiny_carso
-    target = Target(model)
-    evaluate.reseed(0, tiny_carso)
-    ATTACKS[name].run(target, X, Y, 0.1, BUDGET)
-    calls = plan.search(name, BUDGET, 5, model is tiny_carso)
-    gradients = 3 * sum(c.calls * (c.draws if name != "square" else 1) for c in calls if c.gradient)
-    passes = 3 * sum(c.calls * (c.draws if name != "square" else 1) for c in calls)
-    if name in EXACT:
-        assert target.count["pictures"] == passes
-    else:
-        assert target.count["pictures"] <= passes + 8  # a few checks of the whole batch
-    # A gradient flows back once for all draws of a call, and AutoAttack's are single.
-    backward = 3 * sum(c.calls for c in calls if c.gradient)
-    assert target.count["gradients"] == backward if name in EXACT else target.count["gradients"] <= gradients
-
-
-def test_a_calls_flop_are_linear_in_its_draws(tiny_carso):
-    e = evaluation(tiny_carso)
-    meter = plan.Meter(e, e.one_call)
-    for gradient in (False, True):
-        counted = bench.count_flop(lambda gradient=gradient: e.one_call(X[:1], Y[:1], gradient, False, 5))
-        assert meter.flop_of(plan.Calls(gradient, 1, 5)) == pytest.approx(counted, rel=1e-9)
-
-
-def test_plan_prints_and_writes_nothing(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    (folder / "mine.py").write_text(
-        "from models import WideResNet\n\ndef build():\n    return WideResNet(10, 10, 1, in_channels=1)\n"
-    )
-    before = sorted(folder.rglob("*"))
-    for what in (["--ckpt", "carso.pt"], ["--model", "mine.py:build", "--dataset", "digits", "--eps", "0.2"]):
-        monkeypatch.setattr(
-            sys, "argv", ["evaluate.py", *what, *SMALL, "--attack", "all", "--plan", "--out", "planned"]
-        )
-        assert evaluate.main() == 0
-        said = capsys.readouterr().out
-        assert "4 pictures" in said and "square" in said and said.splitlines()[-2].startswith("all")
-        assert float(said.splitlines()[-2].split()[-1]) >= 0
-    assert [p for p in sorted(folder.rglob("*")) if "__pycache__" not in str(p)] == before
-
-
-# ---------------------------------------------------------------------------------------------------------- bench.py
-
-DIGITS = ["--preset", "digits", "--batch-size", "4", "--repeats", "1", "--threads", "1"]
-
-
-def said_by_bench(options, monkeypatch, capsys) -> str:
-    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
-    threads = torch.get_num_threads()
-    assert bench.main() == 0
-    torch.set_num_threads(threads)
-    captured = capsys.readouterr()
-    return captured.out + captured.err
-
-
-def test_bench_measures_every_part_both_ways(monkeypatch, capsys):
-    result = json.loads(said_by_bench([*DIGITS, "--against", "naive", "--json"], monkeypatch, capsys))
-    assert len(result["rows"]) == 7 and result["matrix_gflop_per_second"] > 0
-    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in result["rows"])
-
-
-def test_bench_in_bf16_measures_the_attacks_only(monkeypatch, capsys):
-    result = json.loads(said_by_bench([*DIGITS, "--precision", "bf16", "--json"], monkeypatch, capsys))
-    assert [row["part"].split()[0] for row in result["rows"]] == ["classifier", "(a)", "(d)", "EoT"]
-    assert all(row["share_of_matrix_rate"] > 0 for row in result["rows"])
-
-
-def test_bench_goes_on_uncompiled(monkeypatch, capsys):
-    def no_compiler(module):
-        raise RuntimeError("no C++ compiler\nand a long story")
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    said = said_by_bench([*DIGITS, "--compile"], monkeypatch, capsys)
-    assert "going on uncompiled (RuntimeError: no C++ compiler)" in said and "(d) gradient" in said
-
-
-def test_bench_scaling_and_autoattack(folder, monkeypatch, capsys):
-    said = said_by_bench(
-        ["--preset", "digits", "--batch-size", "8", "--repeats", "1", "--scaling"], monkeypatch, capsys
-    )
-    assert len(said.splitlines()) == 8
-    monkeypatch.chdir(folder)
-    options = ["--against", "autoattack", "--ckpt", "carso.pt", "--pictures", "4", "--steps", "2"]
-    said = said_by_bench(options, monkeypatch, capsys)
-    assert said.count("AutoAttack's") == 2 and said.count("ours") == 2
-
-
-def test_what_the_backward_pass_keeps():
-    """A linear layer keeps its input; activations of its own tensors do not count."""
-    layer, x = nn.Linear(4, 4), torch.rand(2, 4, requires_grad=True)
-    assert bench.saved_bytes(layer, lambda: layer(x).relu()) == 2 * (2 * 4 * 4)  # the input, and relu's output
-    p = train.dataclasses.replace(train.PRESETS["digits"], attack_steps=3, fraction=0.5)
-    cost = bench.scenario(p, 3, 32)
-    assert cost["micro"] < cost["train"] and cost["flop"] > 0

@@ -20,11 +20,16 @@ from torch import nn
 from torch.testing import assert_close
 
 import data
+import lab.checkpoints
+import lab.robust_training
 import train
 from attacks import adversarially_balanced_batch
-from models import WideResNet, load_published_classifier, record, representation_layers
-from purifier import build_carso, load_checkpoint, vae_loss
-from train import PRESETS, Lookahead, kl_weight, learning_rate, refresh_batchnorm
+from lab.checkpoints import load_checkpoint, load_published_classifier
+from lab.presets import PRESETS
+from lab.ranks import Ranks
+from models import WideResNet, record, representation_layers
+from purifier import build_carso, vae_loss
+from train import Lookahead, kl_weight, learning_rate, refresh_batchnorm
 
 # ------------------------------------------------------------------------------------------------------ small pieces
 
@@ -361,21 +366,21 @@ def test_published_classifier_is_downloaded_and_checked(tmp_path, monkeypatch):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        monkeypatch.setattr(train, "BUCKET", f"http://127.0.0.1:{httpd.server_port}/")
+        monkeypatch.setattr(lab.checkpoints, "BUCKET", f"http://127.0.0.1:{httpd.server_port}/")
         args = train.parse_arguments(["--dataset", "digits", "--classifier", "published", "--data-dir", str(tmp_path)])
         digits = data.load("digits")
         monkeypatch.setattr(
-            train, "load_published_classifier", lambda f, k, *_: load_published_classifier(f, k, 0.3, 0.3)
+            lab.robust_training, "load_published_classifier", lambda f, k, *_: load_published_classifier(f, k, 0.3, 0.3)
         )
-        ranks = train.Ranks(0, 1, torch.device("cpu"))
+        ranks, p = Ranks(0, 1, torch.device("cpu")), PRESETS["digits"]
         for expected, accepted in ((0.0, True), (0.99, False)):
-            monkeypatch.setitem(train.PUBLISHED, "digits", ("weights.safetensors", expected))
+            monkeypatch.setitem(lab.checkpoints.PUBLISHED, "digits", ("weights.safetensors", expected))
             if accepted:
-                assert train.load_classifier("published", args, digits, ranks).config["depth"] == 10
+                assert train.load_classifier("published", args, digits, p, ranks).config["depth"] == 10
                 assert (tmp_path / "weights.safetensors").is_file()
             else:
                 with pytest.raises(ValueError, match="should classify 99.0%"):
-                    train.load_classifier("published", args, digits, ranks)
+                    train.load_classifier("published", args, digits, p, ranks)
         httpd.shutdown()
 
 
@@ -392,7 +397,7 @@ def test_published_is_the_default_where_it_exists():
 
 
 def test_mixed_precision_training_of_the_classifier(folder, monkeypatch, capsys):
-    options = ["--dataset", "tiny.npz", "--name", "bf16", *TINY, "--classifier-bf16", "true", "--epochs", "1"]
+    options = ["--dataset", "tiny.npz", "--name", "bf16", *TINY, "--bf16", "true", "--epochs", "1"]
     output = here(train, folder, options, monkeypatch, capsys)
     row = (folder / "runs" / "bf16" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
     full = (folder / "runs" / "whole" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")

@@ -7,14 +7,15 @@ import json
 import math
 import platform
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from purifier import write_atomically
+from lab.audit import during_attacks, signs_of_masking
+from lab.files import save_grid, write_text
+from lab.presets import eps_text, reduced
+from lab.suite import Target, hits
 
 NO_ATTACK = ("clean", "noise")  # they count in the worst of all, but are no attack on this model
 
@@ -71,7 +72,7 @@ def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
     """report.json, report.md, rows.tsv and samples.png from the units of work. Returns what report.json holds."""
     table, n = gather(e, names), len(e.labels)
     bare = not hasattr(e.defence, "classifier")  # then what attacks the classifier attacks the model
-    counted = [n for n in names if (bare or e.attacks[n].on == "defence") and e.attacks[n].eps is None]
+    counted = [n for n in names if bare or e.attacks[n].on == "defence"]
     chosen = worst_attacks(table, counted)
     fresh = np.stack([table[name]["hits"] for name in counted])[chosen, np.arange(n)]
     result = {
@@ -82,7 +83,7 @@ def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
         "samples": e.samples,
         "clean": summary(table["clean"]["hits"].mean(1)) | {"resubmitted": resubmission(table["clean"]["hits"])},
         "noise": summary(table["noise"]["hits"].mean(1)),
-        "classifier": {"clean": summary(classifier_hits(e))} if hasattr(e.defence, "classifier") else {},
+        "classifier": {} if bare else {"clean": summary(classifier_right(e))},
         "attacks": {},
         "robust": summary(fresh.mean(1))
         | {"worst_draw": float(fresh.all(1).mean()), "resubmitted": resubmission(fresh)},
@@ -97,7 +98,7 @@ def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
             continue
         result["attacks"][name] = {
             "target": e.attacks[name].on,
-            "eps": e.radius(name),
+            "eps": e.eps,
             **summary(t["hits"].mean(1)),
             "worst_draw": float(t["hits"].all(1).mean()),
             "during": float(t["during"].mean()),
@@ -143,62 +144,10 @@ def reconstruction_quality(e, pictures: np.ndarray) -> dict:
     return {"bce": torch.cat(bce).mean().item(), "judge": torch.cat(right).mean().item() if right else None}
 
 
-def during_attacks(table) -> list[str]:
-    """The audit along the attacks. Exact zeros are natural once a picture is lost (DLR) or by chance: half is too
-    many."""
-    messages = []
-    for name, t in table.items():
-        if t["nonfinite_logits"]:
-            messages.append(f"{name}: {t['nonfinite_logits']:.0f} outputs were not finite during the attack")
-        for kind, limit in (("nonfinite", 0.0), ("zero", 0.5)):
-            share = t[kind] / max(t["gradients"], 1)
-            if share > limit:
-                word = {"nonfinite": "not finite", "zero": "exactly zero"}[kind]
-                messages.append(f"{name}: {share:.1%} of the gradients were {word} during the attack")
-    return messages
-
-
-def signs_of_masking(r: dict, slack: float = 0.03) -> list[str]:
-    """What should not happen when gradients guide the attacks (evaluation by Athalye et al. 2018, Carlini et al.
-    2019)."""
-    found, accuracy = [], {name: a["accuracy"] for name, a in r["attacks"].items() if a["target"] == "defence"}
-    white = [accuracy[name] for name in ("rand", "pgd-eot", "apgd", "apgd-ce") if name in accuracy]
-    if not white:
-        return found
-    best = min(white)
-    if r["noise"]["accuracy"] < best - slack:
-        found.append("uniform noise beats the white-box attacks")
-    for name, text in (
-        ("square", "the black-box attack (square) beats the white-box attacks"),
-        ("transfer", "transfer from the bare classifier beats the direct attacks"),
-        ("fixed-noise", "the attack on fixed noise is stronger than the ones that average over draws"),
-    ):
-        if name in accuracy and accuracy[name] < best - slack:
-            found.append(text)
-    if "rand-0.95" in accuracy and accuracy["rand-0.95"] > accuracy.get("noise-0.95", 1.0):
-        found.append("at eps 0.95 the attack does less than noise")
-    return found
-
-
-def signs_in_sweep(what: str, values: list[float], attacked: list[float], noise: list[float], slack=0.03) -> list[str]:
-    """The same from a sweep: accuracies under attack and under noise at growing values of `what`."""
-    found = []
-    if what == "eps":
-        if any(later > earlier + slack for earlier, later in zip(attacked, attacked[1:])):
-            found.append("accuracy rises somewhere as eps grows")
-        if attacked[-1] > 0.05:
-            found.append(f"accuracy does not go to zero as eps grows: {attacked[-1]:.1%} at {eps_text(values[-1])}")
-        if any(a > n + slack for a, n in zip(attacked[1:], noise[1:])):
-            found.append("noise beats the attack at some eps")
-    if what == "steps" and attacked[0] < attacked[-1] - slack:
-        found.append("one step beats many")
-    return found
-
-
-@torch.no_grad()
-def classifier_hits(e) -> np.ndarray:
-    parts = [(e.defence.classifier(x).argmax(1) == y).cpu() for x, y in map(e.pictures, e.starts)]
-    return torch.cat(parts).double().numpy()
+def classifier_right(e) -> np.ndarray:
+    """Is the bare classifier right about each clean picture? (n,)"""
+    target = Target(e.defence.classifier, limit=e.limit)
+    return torch.cat([hits(target, *e.pictures(start))[:, 0].cpu() for start in e.starts]).double().numpy()
 
 
 def environment(device) -> dict:
@@ -215,17 +164,6 @@ def environment(device) -> dict:
 def percent(part: dict) -> str:
     low, high = part["interval"]
     return f"{100 * part['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def eps_text(eps: float) -> str:
-    """8/255 where it is one, else a decimal."""
-    return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else f"{eps:g}"
-
-
-def reduced(budget) -> bool:
-    """Does an attack work less, or a score rest on fewer draws, than in the paper's budget, the default?"""
-    work = ("steps", "eot", "pgd_steps", "queries", "targets", "select", "draws")
-    return any(getattr(budget, number) < getattr(type(budget)(), number) for number in work)
 
 
 def markdown(r: dict, e) -> str:
@@ -319,15 +257,6 @@ def draw_samples(e, table, names, chosen, count: int = 8) -> None:
     save_grid(e.folder / "samples.png", torch.stack(tiles, 1))
 
 
-def save_grid(path: Path, tiles: torch.Tensor) -> None:
-    """Pictures (rows, columns, C, H, W) in [0, 1] as one PNG of twice the size, white lines between them. (By hand:
-    torchvision would double the time that every script takes to start.)"""
-    lined = F.pad(tiles.cpu(), (2, 0, 2, 0), value=1.0)
-    grid = lined.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (C, rows height, columns width)
-    grid = F.pad(grid, (0, 2, 0, 2), value=1.0).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    pixels = (255 * grid).round().byte().permute(1, 2, 0).squeeze(2).numpy()
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="png"))
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+def in_words(r: dict) -> str:
+    """What the table means, and what to try next."""
+    return ""

@@ -1,132 +1,24 @@
-"""Running a training: many processes that act as one, and a loop that logs, saves, and goes on where it stopped.
+"""The loop of every training: it logs, saves, and goes on where it stopped.
 
-Nothing here depends on the number of ranks, up to the order of summation: batches are cut from one global order, all
-random numbers are drawn for the global batch by a generator that follows from (seed, stage, epoch, step), and each rank
-takes its own rows. That is also why resuming needs no generator's state.
+All random numbers are drawn for the global batch by a generator that follows from (seed, stage, epoch, step), and each
+process takes its own rows: so the result does not depend on their number, and resuming needs no generator's state.
 """
 
 import contextlib
 import hashlib
-import os
 import signal
 import time
-import warnings
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data as datasets
-from purifier import write_atomically
-
-# ------------------------------------------------------------------------------ many processes that act as one
-
-
-@dataclass
-class Ranks:
-    rank: int
-    count: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def share(self, batch: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of something that spans the global batch."""
-        return batch.tensor_split(self.count)[self.rank]
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        if self.count > 1:
-            dist.all_reduce(values)
-        return values
-
-    @contextlib.contextmanager
-    def one_by_one(self):
-        """One process of each node goes first (it downloads and caches), then the others."""
-        if self.count > 1 and int(os.environ["LOCAL_RANK"]) > 0:
-            dist.barrier()
-        yield
-        if self.count > 1 and int(os.environ["LOCAL_RANK"]) == 0:
-            dist.barrier()
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over the ranks, and BatchNorm over the global batch."""
-        if self.count == 1:
-            return module
-        if self.device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-            return DistributedDataParallel(module, device_ids=[self.device.index], broadcast_buffers=False)
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.forward = partial(global_batch_norm, layer)  # SyncBatchNorm is for GPUs only
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is not in older versions
-            return DistributedDataParallel(module, broadcast_buffers=False)
-
-
-def global_batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
-    """What SyncBatchNorm does, in plain collectives that also run on CPUs: statistics over the pictures of all
-    ranks."""
-    if not layer.training:
-        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps)
-    dims = [d for d in range(x.ndim) if d != 1]
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast x is bfloat16
-    local_count = x.new_full((1,), x.numel() / x.shape[1])
-    sums = AllSum.apply(torch.cat([x.sum(dims), local_count]))
-    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
-    centred = x - mean.view(shape)
-    variance = AllSum.apply(centred.square().sum(dims)) / count
-    with torch.no_grad():
-        layer.num_batches_tracked += 1
-        momentum = layer.momentum if layer.momentum is not None else 1.0 / float(layer.num_batches_tracked)
-        layer.running_mean.lerp_(mean, momentum)
-        layer.running_var.lerp_(variance * count / (count - 1), momentum)
-    normalised = centred * (variance + layer.eps).rsqrt().view(shape)
-    return (normalised * layer.weight.view(shape) + layer.bias.view(shape)).to(given)
-
-
-class AllSum(torch.autograd.Function):
-    """The sum over all ranks. Each rank's loss sees it, so its gradient is the sum of the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return AllSum.forward(ctx, gradient)
-
-
-def start_ranks(device: str | None) -> Ranks:
-    """Read torchrun's environment; a plain `python train.py` is the only rank."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # A restart by torchrun (--max-restarts) must not read the addresses that the dead processes left in the store.
-    e = os.environ
-    agent = e.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        e["MASTER_ADDR"], int(e["MASTER_PORT"]), int(e["WORLD_SIZE"]), is_master=not agent and e["RANK"] == "0"
-    )
-    store = dist.PrefixStore(f"attempt {e.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=int(e["RANK"]), world_size=int(e["WORLD_SIZE"]))
-    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
-    return Ranks(dist.get_rank(), dist.get_world_size(), own)
-
-
-# ------------------------------------------------------------------------------------- the loop both stages share
+from attacks import pgd
+from lab.files import save_grid, write_atomically, write_text
+from lab.presets import Preset
+from lab.ranks import Ranks
 
 
 class Stopped(Exception):
@@ -165,6 +57,17 @@ class Run:
         key = f"{self.config['seed']} {stage} {epoch} {step}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "little")
         return torch.Generator(self.ranks.device).manual_seed(seed)
+
+    def pictures(self, data: datasets.Dataset, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's part of a global batch: x (b, C, H, W) in [0, 1], y (b,)."""
+        mine = self.ranks.share(indices)
+        x = datasets.pixels(data.train_images[mine].to(self.ranks.device))
+        return x, data.train_labels[mine].to(self.ranks.device)
+
+    def uniform(self, x: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """PGD's random start for this rank's pictures, in [-1, 1], of x's shape; drawn for the global batch."""
+        noise = 2 * torch.rand((len(indices), *x.shape[1:]), generator=generator, device=x.device) - 1
+        return self.ranks.share(noise)
 
     def train(self, stage: str, epochs: int, count: int, batch_size: int, parts: dict, columns, step, after_epoch=None):
         """Call step(epoch, number, indices, first) for every batch of every epoch, from where a saved run stopped.
@@ -229,10 +132,62 @@ class Run:
             lines = ["\t".join(["epoch", *columns])]
             lines += ["\t".join(f"{value:.8g}" for value in row) for row in rows]
             name = "log.tsv" if stage == "purifier" else f"log-{stage}.tsv"
-            write_atomically(self.folder / name, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+            write_text(self.folder / name, "\n".join(lines) + "\n")
 
 
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def accuracy(model: nn.Module, data: datasets.Dataset, count: int, attack=None) -> float:
+    """On the first `count` test pictures, attacked by attack(model, x, y) if given."""
+    device, correct = next(model.parameters()).device, 0
+    count = min(count, len(data.test_labels))
+    for indices in torch.arange(count).split(250):
+        x, y = datasets.pixels(data.test_images[indices].to(device)), data.test_labels[indices].to(device)
+        x = attack(model, x, y) if attack else x
+        with torch.no_grad():
+            correct += (model(x).argmax(1) == y).sum().item()
+    return correct / count
+
+
+def draw_reconstructions(path: Path, carso, data: datasets.Dataset, p: Preset, rows: int = 8) -> None:
+    """One row a test picture: clean | attacked (PGD eps on the classifier) | six reconstructions."""
+    was_training, device = carso.purifier.training, next(carso.purifier.parameters()).device
+    carso.eval()
+    x, y = datasets.pixels(data.test_images[:rows].to(device)), data.test_labels[:rows].to(device)
+    noise = torch.zeros_like(x)
+    attacked = pgd(carso.classifier, x, y, p.eps, p.attack_steps, p.attack_step_size, noise=noise)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn((len(x), 6, carso.purifier.config["latent_dim"]), generator=generator).to(device)
+    with torch.no_grad():
+        tiles = torch.cat([x[:, None], attacked[:, None], carso.purify(attacked, z)], dim=1)
+    save_grid(path, tiles)
+    carso.train(was_training)
+
+
+def drawing(run: Run, carso, data: datasets.Dataset, p: Preset, epochs: int):
+    """What the loop calls after an epoch: reconstructions.png, every fifth time and the last."""
+
+    def after_epoch(epoch):
+        if run.ranks.first and (epoch % 5 == 4 or epoch == epochs - 1):
+            draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
+
+    return after_epoch
+
+
+def load_data(name: str, data_dir, p: Preset, ranks: Ranks) -> datasets.Dataset:
+    """One process of each node downloads and caches, the others then read; checks that batches suit data and ranks."""
+    with ranks.one_by_one():
+        data = datasets.load(name, data_dir)
+    for option, size in (("--batch-size", p.batch_size), ("--classifier-batch-size", p.classifier_batch_size)):
+        smallest = min(len(b) for b in datasets.batches(len(data.train_labels), size, 0, 0))
+        if smallest < max(2, ranks.count):
+            raise ValueError(
+                f"{option} {size} leaves a batch of {smallest} for {ranks.count} process(es); make it larger"
+            )
+        if size % ranks.count and ranks.first:
+            print(f"{option} {size} over {ranks.count} processes: their shares differ by one picture")
+    return data

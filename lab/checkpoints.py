@@ -1,0 +1,271 @@
+"""Weights in and out: CARSO's own checkpoint, and every published weight file, recognised by its content or refused.
+
+    save_checkpoint("carso.pt", carso, dataset="digits")
+    carso, state = load_checkpoint("carso.pt")
+    classifier = load_published_classifier("cifar10_linf_wrn28-10.pt", num_classes=10)
+    carso = load_published("folder of the authors' four files", num_classes=10, image_shape=(3, 32, 32))
+
+Every function raises ValueError with one sentence that names the file and says what is wrong with it.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data import NORMALISATION, Dataset
+from lab.files import download, write_atomically
+from models import WideResNet, representation_layers
+from purifier import CARSO, Purifier, build_carso
+
+# ------------------------------------------------------------------------------------------------ files of tensors
+
+
+def read_tensors(path, trust_pickle: bool = False) -> dict:
+    """The contents of a .safetensors or a torch checkpoint, told apart by their first bytes, on the CPU."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head.lstrip()[:1] == b"<" or b"<html" in head.lower():
+        raise ValueError(f"{path} is a web page, not a checkpoint: the download went wrong; fetch it again")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a file it does not know
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise ValueError(
+                f"{path} holds more than tensors; opening it would run code from the file. If you trust its source, "
+                "say so with --trust-pickle"
+            ) from None
+        raise ValueError(f"{path} is not a checkpoint that PyTorch can open; is the file whole?") from None
+
+
+def load_state(module: nn.Module, weights: dict, path) -> None:
+    """`load_state_dict`, with an error that lists what is missing, unexpected, or of another shape."""
+    own = module.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}  # not used at inference; often left out
+    problems = {
+        "missing": [name for name in own if name not in weights and name not in counters],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ],
+    }
+    if any(problems.values()):
+        text = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for kind, names in problems.items()
+            if names
+        )
+        raise ValueError(f"the weights in {path} do not fit ({text})")
+    module.load_state_dict(weights, strict=not counters - set(weights))
+
+
+# ------------------------------------------------------------------------------------------- CARSO's own checkpoint
+
+
+def save_checkpoint(path, carso: CARSO, **state) -> None:
+    """One file that needs nothing else: constructors' arguments, weights of classifier and purifier, and `state`, which
+    may hold only plain types and tensors (strings, numbers, lists, dicts)."""
+    content = {
+        "format": "carso-1",
+        "classifier": carso.classifier.config,
+        "classifier_weights": carso.classifier.state_dict(),
+        "purifier": carso.purifier.config,
+        "purifier_weights": carso.purifier.state_dict(),
+        "layers": carso.layers,
+        "samples": carso.samples,
+        "own_answer": carso.own_answer,
+        "state": state,
+    }
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
+    """The defence that `save_checkpoint` wrote, in eval mode on `device`, and its `state`.
+
+    Opened with weights_only=True. Raises ValueError if the file is missing, broken, or of another format."""
+    content = read_tensors(path)
+    if not isinstance(content, dict) or content.get("format") != "carso-1":
+        raise ValueError(f"{path} is not a CARSO checkpoint (train.py writes one as runs/NAME/carso.pt)")
+    classifier = WideResNet(**content["classifier"])
+    load_state(classifier, content["classifier_weights"], path)
+    content["purifier"].pop("image_widths", None)  # early checkpoints say what is always so
+    purifier = Purifier(**content["purifier"])
+    load_state(purifier, content["purifier_weights"], path)
+    share = content.get("own_answer", 0.0)
+    share = 0.5 if share is True else float(share)  # early checkpoints said yes or no
+    carso = CARSO(classifier, purifier, content["layers"], content["samples"], own_answer=share)
+    return carso.to(device), content["state"]
+
+
+def is_checkpoint(path) -> bool:
+    """Is this a file of save_checkpoint's, and not one of a classifier's weights?"""
+    content = read_tensors(path)
+    return isinstance(content, dict) and "format" in content
+
+
+def check_fits(carso: CARSO, path, name: str, image_shape, num_classes: int) -> None:
+    """ValueError if this defence, read from path, is not made for the pictures and classes of data `name`."""
+    made_for = tuple(carso.purifier.config["image_shape"]), carso.classifier.config["num_classes"]
+    given = tuple(image_shape), num_classes
+    if given != made_for:
+        raise ValueError(
+            f"{path} takes pictures {made_for[0]} of {made_for[1]} classes; {name} has {given[0]} of {given[1]}"
+        )
+
+
+def load_start(path, data: Dataset, device) -> CARSO:
+    """A trained CARSO to go on from. ValueError if there is none, or it is of other data."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no {path} to start from: train with --objective paper first, or say --from scratch")
+    carso, _ = load_checkpoint(path, device)
+    check_fits(carso, path, data.name, data.train_images.shape[1:], len(data.classes))
+    return carso
+
+
+# ------------------------------------------------------------------------------------------------- published weights
+
+# Data sets whose classifiers are published, by number of classes: their statistics are what was trained with.
+PUBLISHED_DATA = {10: "cifar10", 100: "cifar100", 200: "tinyimagenet"}
+
+
+def load_published_classifier(path, num_classes: int, mean=None, std=None, trust_pickle: bool = False) -> WideResNet:
+    """A classifier from a file of published weights, recognised by its content, whatever its name.
+
+    Understands Wang et al. 2023 (`model_state_dict`: the averaged weights), Cui et al. 2023, RobustBench's copies and
+    the CARSO authors' safetensors; depth, width and channels are read off the tensors. The result is in eval mode.
+
+    Args:
+        mean, std: the normalisation of the data it was trained on. Default: the file's own if it holds one, else that
+            of the paper's data set with this number of classes.
+        trust_pickle: open an old checkpoint that holds more than plain tensors. This runs code from the file.
+    Raises:
+        ValueError: with one sentence on what is wrong: a web page, no checkpoint, a state dict that does not fit.
+    """
+    weights = _strip_wrapping(read_tensors(path, trust_pickle))
+    buffers = {name: weights.pop(name) for name in ("mean", "std", "mu", "sigma") if name in weights}
+    if mean is None:
+        known = NORMALISATION.get(PUBLISHED_DATA.get(num_classes))
+        mean = buffers.get("mean", buffers.get("mu", known and known[0]))
+        std = buffers.get("std", buffers.get("sigma", known and known[1]))
+    if mean is None or std is None:
+        raise ValueError(f"{path} holds no mean and std, and {num_classes} classes name none: pass mean= and std=")
+
+    stem, blocks = weights.get("init_conv.weight"), 0
+    first = weights.get("layer.0.block.0.conv_0.weight")
+    while f"layer.0.block.{blocks}.conv_0.weight" in weights:
+        blocks += 1
+    if stem is None or first is None:
+        raise ValueError(f"{path} is not one of the public WideResNets; its first keys are {list(weights)[:4]}")
+    classifier = WideResNet(num_classes, 6 * blocks + 4, first.shape[0] // 16, stem.shape[1], mean, std)
+    load_state(classifier, weights, path)
+    return classifier.eval()
+
+
+def _strip_wrapping(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """Down to {public name: tensor}: unwrap nested dicts, drop prefixes and the left-overs of other training codes."""
+    while isinstance(checkpoint, dict):
+        inner = [key for key in ("model_state_dict", "state_dict", "model") if isinstance(checkpoint.get(key), dict)]
+        if not inner:
+            break
+        checkpoint = checkpoint[inner[0]]
+    if not isinstance(checkpoint, dict):
+        return {}
+    weights = {}
+    for name, tensor in checkpoint.items():
+        while name.startswith(("module.", "model.", "0.")):
+            name = name.split(".", 1)[1]
+        if isinstance(tensor, torch.Tensor) and "sub_block" not in name and name != "n_averaged":
+            weights[name] = tensor
+    return weights
+
+
+def load_published_purifier(carso: CARSO, repr_compressors, repr_fcn_compressor, decoder) -> CARSO:
+    """Fill carso's purifier from the authors' three safetensors files and return carso.
+
+    They published what inference needs and not the encoder, which keeps its initial weights: such a purifier can be
+    evaluated, not trained further. Raises ValueError, naming the keys, when a file does not fit."""
+    p = carso.purifier
+    for module, path, renamed in (
+        (p.layer_encoders, repr_compressors, ("", "")),
+        (p.condition_head, repr_fcn_compressor, ("1.", "")),  # their block follows a flattening layer
+        (p.decoder, decoder, ("0.1.", "0.0.")),  #              their Linear follows a concatenation
+    ):
+        theirs, ours = renamed
+        weights = {
+            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
+            for name, tensor in read_tensors(path).items()
+        }
+        load_state(module, weights, path)
+    return carso.eval()
+
+
+PUBLISHED_PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
+
+
+def load_published(folder, num_classes: int, image_shape, samples: int = 8) -> CARSO:
+    """The authors' released defence from the folder that holds their four safetensors files: the classifier's, and
+    those whose names end with PUBLISHED_PARTS. D, Z and the widths are read off the tensors. Raises ValueError."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    parts = {part: [f for f in files if f.stem.endswith(part)] for part in PUBLISHED_PARTS}
+    classifiers = [f for f in files if not f.stem.endswith(PUBLISHED_PARTS)]
+    for what, found in {**parts, "the classifier's weights": classifiers}.items():
+        if len(found) != 1:
+            raise ValueError(f"{folder} should hold exactly one .safetensors file of {what}, not {len(found)}")
+    classifier = load_published_classifier(classifiers[0], num_classes)
+    paths = {part: found[0] for part, found in parts.items()}
+    shapes = {part: {k: v.shape for k, v in read_tensors(path).items()} for part, path in paths.items()}
+    try:
+        condition_dim = shapes["repr_fcn_compressor"]["1.0.weight"][0]
+        latent_dim = shapes["decoder"]["0.1.weight"][1] - condition_dim
+        decoder_width = shapes["decoder"]["1.0.weight"][0]
+    except KeyError as missing:
+        raise ValueError(f"{folder} is not the authors' purifier: there is no tensor {missing}") from None
+    sizes = dict(condition_dim=condition_dim, latent_dim=latent_dim, decoder_width=decoder_width)
+    layers = representation_layers(classifier.config["depth"])
+    return load_published_purifier(build_carso(classifier, layers, image_shape, samples, **sizes), **paths)
+
+
+# What the CARSO authors' own copies of the published classifiers are, and their clean accuracy (paper, table 2).
+BUCKET = "https://bucket.ballarin.cc/aimldl/carso2024cnn/"
+PUBLISHED = {
+    "cifar10": ("cifar_10_cuiwrn2810/models/cifar10_a3_b10_t4_20m_w.safetensors", 0.9216),
+    "cifar100": ("cifar_100_cuiwrn2810/models/cifar100_a5_b12_t4_50m_w.safetensors", 0.7385),
+    "tinyimagenet": ("tinyimagenet_wangwrn2810/models/tiny_linf_wrn28_10_w.safetensors", 0.6519),
+}
+
+
+def fetch_published_classifier(name: str, data_dir) -> Path:
+    """The published classifier of a data set, downloaded into data_dir unless it is there."""
+    file = Path(data_dir) / Path(PUBLISHED[name][0]).name
+    download(BUCKET + PUBLISHED[name][0], file)
+    return file
+
+
+# -------------------------------------------------------------------------------------------------- any other model
+
+
+def load_function(text: str) -> nn.Module:
+    """--model FILE.py:FUNCTION: what the function of that name in that file returns, in eval mode."""
+    file, _, function = text.partition(":")
+    if not function:
+        raise ValueError(f"--model wants FILE.py:FUNCTION, not {text}")
+    if not Path(file).is_file():
+        raise ValueError(f"--model wants FILE.py:FUNCTION, and there is no file {file}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ValueError(f"{file} has no function {function}")
+    return getattr(module, function)().eval()

@@ -1,0 +1,205 @@
+"""Adversarial training, ours: of the classifier alone, and of the purifier inside the whole defence (end to end).
+
+Both are the same loop: attack the pictures against the network as it is, update it, and keep an average of its weights
+as the result. The paper takes published classifiers, and leaves training end to end as future work.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import data as datasets
+from aggregate import robust_logits
+from attacks import pgd
+from lab.checkpoints import PUBLISHED, fetch_published_classifier, load_published_classifier
+from lab.files import write_atomically
+from lab.presets import Preset
+from lab.ranks import Ranks
+from lab.run import Run, accuracy, drawing
+from models import WideResNet
+from purifier import CARSO
+
+
+def averaged(module: nn.Module, steps_an_epoch: int) -> AveragedModel:
+    """An exponential average of the weights and of BatchNorm's statistics that reaches back about an epoch."""
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps_an_epoch), use_buffers=True)
+
+
+def augmented(run: Run, x: torch.Tensor, indices, generator: torch.Generator, p: Preset) -> torch.Tensor:
+    """This rank's pictures cropped and mirrored as the preset says, by numbers drawn for the global batch."""
+    if not p.augment:
+        return x
+    draws = torch.rand((len(indices), 3), generator=generator, device=x.device)
+    return datasets.augment(x, run.ranks.share(draws), p.mirror)
+
+
+def unwrapped(trained: nn.Module, fresh: nn.Module) -> nn.Module:
+    """The same weights in a module without traces of training on many ranks."""
+    fresh.load_state_dict(trained.state_dict())
+    return fresh
+
+
+# ---------------------------------------------------------------------------------------------------- the classifier
+
+
+def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start: WideResNet | None = None) -> WideResNet:
+    """PGD adversarial training (Madry et al. 2018) with an averaged copy of the weights as the result; from fresh
+    weights, or on from those of `start`."""
+    ranks, device = run.ranks, run.ranks.device
+    torch.manual_seed(run.config["seed"])
+    classifier = WideResNet(len(data.classes), p.depth, p.width, data.train_images.shape[1], data.mean, data.std)
+    if start is not None:
+        classifier.load_state_dict(start.state_dict())
+    for layer in classifier.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = p.classifier_bn_momentum
+    classifier.to(device)
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), momentum=0.9, nesterov=True, weight_decay=p.classifier_weight_decay
+    )
+    network = ranks.wrap(classifier)
+    count, size = len(data.train_labels), p.classifier_batch_size
+    steps_an_epoch = len(datasets.batches(count, size, 0, 0))
+    average = averaged(classifier, steps_an_epoch)
+
+    def step(epoch, number, indices, first):
+        at = epoch + number / steps_an_epoch
+        lr = (
+            np.interp(at, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0]) * p.classifier_learning_rate
+        )
+        eps = p.eps * min(1.0, (at + 0.5) / max(p.classifier_ramp, 1e-9))
+        (x, y), generator = run.pictures(data, indices), run.generator("classifier", epoch, number)
+        noise = run.uniform(x, indices, generator)
+        x = augmented(run, x, indices, generator, p)
+        classifier.eval()
+        step_size = 2.5 * eps / p.classifier_attack_steps  # the steps could cross the ball (Madry et al.)
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
+            x = pgd(classifier, x, y, eps, p.classifier_attack_steps, step_size, noise=noise)
+        network.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
+            logits = network(x).float()
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        optimizer.param_groups[0]["lr"] = float(lr)
+        optimizer.zero_grad()
+        (loss * ranks.count / len(indices)).backward()  # DDP averages over ranks: this is the global batch's mean
+        optimizer.step()
+        average.update_parameters(classifier)
+        return torch.stack([loss.detach(), (logits.argmax(1) == y).sum()])
+
+    parts = {"network": classifier, "average": average, "optimizer": optimizer}
+    with run.stopping_gently():
+        run.train("classifier", p.classifier_epochs, count, size, parts, ("loss", "robust"), step)
+    return unwrapped(average.module, WideResNet(**classifier.config)).to(device).eval()
+
+
+def load_classifier(weights: str, args, data: datasets.Dataset, p: Preset, ranks: Ranks) -> WideResNet:
+    """Stage one from a file, downloaded if it is the published one; its clean accuracy is checked where we know it."""
+    file, expected = Path(weights), None
+    if weights == "published":
+        expected = PUBLISHED[args.dataset][1]
+        with ranks.one_by_one():
+            file = fetch_published_classifier(args.dataset, args.data_dir)
+    mean_std = (data.mean, data.std) if args.dataset not in PUBLISHED else (None, None)
+    classifier = load_published_classifier(file, len(data.classes), *mean_std, args.trust_pickle).to(ranks.device)
+    clean = accuracy(classifier, data, 1000)
+    if ranks.first:
+        print(f"classifier: {file}, clean accuracy {clean:.1%} on {min(1000, len(data.test_labels))} test pictures")
+    if expected is not None and clean < expected - 0.03:
+        raise ValueError(
+            f"{file} should classify {expected:.1%} of clean pictures; this is another file, or other data"
+        )
+    size = classifier.config["depth"], classifier.config["width"]
+    if args.train_on and size != (p.depth, p.width):
+        raise ValueError(f"{args.train_on} is a WRN-{size[0]}-{size[1]}: say so with --depth and --width")
+    return classifier
+
+
+def stage_one(run: Run, data: datasets.Dataset, p: Preset, start: WideResNet | None = None) -> WideResNet:
+    """Train a classifier, measure it, keep it as classifier.pt; or take the one that this run made before."""
+    path = run.folder / "classifier.pt"
+    if path.is_file():
+        return load_published_classifier(path, len(data.classes)).to(run.ranks.device)
+    classifier = train_classifier(run, data, p, start)
+    attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)
+    torch.manual_seed(0)
+    clean, robust = accuracy(classifier, data, 500), accuracy(classifier, data, 500, attack)
+    run.say(f"classifier: clean {clean:.1%}, PGD-20 {robust:.1%} on {min(500, len(data.test_labels))} test pictures")
+    weights = classifier.state_dict() | {"mean": classifier.mean.flatten(), "std": classifier.std.flatten()}
+    if run.ranks.first:
+        write_atomically(path, lambda temporary: torch.save({"state_dict": weights}, temporary))
+    return classifier
+
+
+# ------------------------------------------------------------ end to end: the purifier against attacks on the whole
+
+
+class WholePass(nn.Module):
+    """CARSO's training pass as one forward, which is what DistributedDataParallel wants to see."""
+
+    def __init__(self, carso: CARSO):
+        super().__init__()
+        self.carso = carso
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor):
+        return self.carso.answers(x, z)
+
+
+def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) -> None:
+    """Adversarial training of the purifier inside the whole defence (ours; the paper leaves it as future work). The
+    classifier stays frozen.
+
+    The pictures are attacked by PGD through classifier, purifier, classifier and aggregation, with fresh latent draws
+    at every step (EoT); BatchNorm uses its running statistics in the attack, the batch's in the update. The loss is
+    the cross-entropy of the aggregated answer, plus the reconstruction's BCE towards the clean picture (a mean over
+    its values), so that the members stay pictures. An average of the weights is the result.
+    """
+    ranks, device, purifier = run.ranks, run.ranks.device, carso.purifier
+    carso.own_answer = p.own_answer
+    for encoder in (purifier.image_encoder, purifier.joint_head, purifier.to_mu, purifier.to_logvar):
+        encoder.requires_grad_(False)  # z comes from the prior, as in use
+    optimizer = torch.optim.Adam([q for q in purifier.parameters() if q.requires_grad], p.end_learning_rate)
+    network = ranks.wrap(WholePass(carso))
+    count, size = len(data.train_labels), p.end_batch_size
+    steps_an_epoch = len(datasets.batches(count, size, 0, 0))
+    average = averaged(purifier, steps_an_epoch)
+
+    def step(epoch, number, indices, first):
+        done = (epoch + number / steps_an_epoch) / p.end_epochs
+        optimizer.param_groups[0]["lr"] = p.end_learning_rate * (1 - done)
+        (clean, y), generator = run.pictures(data, indices), run.generator("end-to-end", epoch, number)
+        noise = run.uniform(clean, indices, generator)
+        clean = augmented(run, clean, indices, generator, p)
+        shape = (p.end_attack_steps + 1, len(indices), p.end_samples, purifier.config["latent_dim"])
+        z = iter([ranks.share(part) for part in torch.randn(shape, generator=generator, device=device)])
+
+        carso.eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
+            x = pgd(
+                lambda x: robust_logits(carso.member_logits(x, next(z))), clean, y, p.eps, p.end_attack_steps,
+                2.5 * p.eps / p.end_attack_steps, noise=noise,
+            )  # fmt: skip
+        network.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
+            reconstructions, members = network(x, next(z))
+        logits = robust_logits(members)
+        cross_entropy = F.cross_entropy(logits, y, reduction="sum")
+        bce = F.binary_cross_entropy(reconstructions, clean[:, None].expand_as(reconstructions), reduction="none")
+        bce = bce.flatten(1).mean(1).sum()
+        loss = cross_entropy + p.end_reconstruction * bce
+        optimizer.zero_grad()
+        (loss * ranks.count / len(indices)).backward()  # DDP averages over ranks: this is the global batch's mean
+        optimizer.step()
+        average.update_parameters(purifier)
+        return torch.stack([cross_entropy.detach(), bce.detach(), (logits.argmax(1) == y).sum()])
+
+    parts = {"purifier": purifier, "average": average, "optimizer": optimizer}
+    with run.stopping_gently():
+        picture = drawing(run, carso, data, p, p.end_epochs)
+        run.train("end-to-end", p.end_epochs, count, size, parts, ("loss", "bce", "robust"), step, picture)
+    purifier.load_state_dict(average.module.state_dict())
+    carso.eval()
