@@ -174,11 +174,11 @@ def table(carso: CARSO, x: torch.Tensor, y: torch.Tensor, repeats: int, bf16: bo
 
 
 def text(rows: list[dict]) -> str:
-    lines = [f"{'part':<26}{'seconds':>9}{'pictures/s':>12}{'GFLOP/s':>11}{'of limit':>10}{'MB/picture':>12}"
+    lines = [f"{'part':<28}{'seconds':>9}{'pictures/s':>12}{'GFLOP/s':>11}{'of limit':>10}{'MB/picture':>12}"
              + f"{'plain':>9}{'ratio':>7}" * ("ratio" in rows[0])]  # fmt: skip
     for row in rows:
         memory = f"{row['megabytes']:.1f}" if row["megabytes"] else ""
-        line = f"{row['part']:<26}{row['seconds']:>9.3f}{row['pictures_per_second']:>12,.1f}"
+        line = f"{row['part']:<28}{row['seconds']:>9.3f}{row['pictures_per_second']:>12,.1f}"
         line += f"{row['gflop_per_second']:>11,.1f}{row['share_of_matrix_rate']:>10.0%}{memory:>12}"
         lines.append(line + (f"{row['plain_seconds']:>9.3f}{row['ratio']:>7.2f}" if "ratio" in row else ""))
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Evaluations side by side, paired by picture: is one model more robust than another, beyond chance?
 
-    python compare.py runs/digits/eval-... runs/digits-end-to-end/eval-...
-    python compare.py A0,A1,A2 B0,B1,B2           # the same model over several seeds, with commas
+    python -m lab.compare runs/digits/eval-... runs/digits-end-to-end/eval-...
+    python -m lab.compare A0,A1,A2 B0,B1,B2           # the same model over several seeds, with commas
 
 Each argument is a folder that evaluate.py wrote. A picture counts with its worst attack, chosen on one set of draws and
 scored on another, as in report.md; several seeds are averaged picture by picture. Differences are to the first model;
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lab.report import bootstrap
+
 
 def read(folder) -> tuple[dict, np.ndarray, np.ndarray]:
     """What was evaluated, and for each picture how often it was right: clean (n,), and under its worst attack (n,)."""
@@ -26,22 +28,17 @@ def read(folder) -> tuple[dict, np.ndarray, np.ndarray]:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except OSError as error:
         raise ValueError(f"{folder} is not a finished evaluation ({error.strerror}: {error.filename})") from None
-    clean, worst = np.full(report["n"], np.nan), np.full(report["n"], np.nan)
+    right = {"clean": np.full(report["n"], np.nan), "worst": np.full(report["n"], np.nan)}
     least = np.full(report["n"], np.inf)
     rows.sort(key=lambda row: row["attack"] in ("clean", "noise"))  # to the end: among equals the first one counts
+    names = {row["attack"] for row in rows}
     for row in rows:
-        i, right = int(row["picture"]), int(row["right"]) / int(row["draws"])
-        if row["attack"] == "clean":
-            clean[i] = right
-        if row["attack"] in report["counted"] and float(row["select"]) < least[i]:
-            least[i], worst[i] = float(row["select"]), right
-    return report, clean, worst
-
-
-def bootstrap(difference: np.ndarray, samples: int = 10_000, seed: int = 0) -> list[float]:
-    """95 % interval of the mean of paired differences (n,), resampling the pictures."""
-    draws = np.random.default_rng(seed).integers(0, len(difference), (samples, len(difference)))
-    return np.quantile(difference[draws].mean(1), [0.025, 0.975]).tolist()
+        i, share = int(row["picture"]), int(row["right"]) / int(row["draws"])
+        if row["attack"] in right:
+            right[row["attack"]][i] = share
+        if "worst" not in names and row["attack"] in report["counted"] and float(row["select"]) < least[i]:
+            least[i], right["worst"][i] = float(row["select"]), share  # an earlier version wrote no worst rows
+    return report, right["clean"], right["worst"]
 
 
 def compare(groups: list[list[str]]) -> list[dict]:
@@ -83,7 +80,7 @@ def main() -> int:
     try:
         rows = compare([group.split(",") for group in args.folders])
     except ValueError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
+        print(f"compare: {error}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(rows, indent=1))

@@ -52,7 +52,7 @@ def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
 
 
 def draw_curves(curves: dict[str, list], what: str, out: Path, ylabel="accuracy (%)", radius=None, masked=None) -> None:
-    """Label -> [(value of `what`, accuracy, n)]; radius: (eps, its text) of a line; masked: the label of no gradient."""
+    """Label -> [(value of `what`, accuracy, n)]; radius: (eps, its text) of a line; masked: a label, no gradient."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     looks = zip(itertools.cycle(COLOURS), itertools.cycle("osD^vP"))
     for label, points in curves.items():
@@ -120,8 +120,8 @@ def draw_attacks(path: Path) -> None:
     save(figure, path.with_name("attacks.png"), dpi=150, bbox_inches="tight")
 
 
-# The method as a picture of 800 x 400: inside and edge of the boxes; of every thing its centre, text (* marks a name) and
-# box; the arrows' ways, as an SVG writes them, solid and dashed; a picture of 8 x 8 pixels (1 is noise).
+# The method in 800 x 400 pixels: inside and edge of the kinds of boxes; centre, text (* marks a name) and box of each
+# thing; the arrows' ways as an SVG writes them, solid and dashed (training only); a picture of 8 x 8 (1 is noise).
 BLUE, AMBER, GREEN = ("#E3EEF9", "#2F6DA8"), ("#FBE6BF", "#A86A12"), ("#E4F3EC", "#2E7D5B")
 PAGE, PANEL, TRAINING = ("white", "#D0D7DE"), ("#FFF9EC", "#E8C78A"), ("white", "#8894A0")
 SHAPES = (

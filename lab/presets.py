@@ -212,7 +212,8 @@ def table() -> str:
         "batch, over all GPUs": lambda p: f"{p.batch_size:,}",
         "learning rate on the plateau": lambda p: f"{p.learning_rate:g}",
         "perturbed share": lambda p: f"{p.fraction:g}",
-        "eps; PGD steps x size": lambda p: f"{eps_text(p.eps)}; {p.attack_steps} x {p.attack_step_size:g}",
+        "eps": lambda p: f"{eps_text(p.eps)} = {p.eps:.2g}",
+        "PGD steps x size": lambda p: f"{p.attack_steps} x {p.attack_step_size:g}",
         "end to end (ours): epochs, batch, PGD steps": lambda p: (
             f"{p.end_epochs}, {p.end_batch_size}, {p.end_attack_steps}"
         ),

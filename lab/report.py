@@ -40,6 +40,12 @@ def summary(values: np.ndarray) -> dict:
     return {"accuracy": mean, "interval": wilson(mean, len(values))}
 
 
+def bootstrap(difference: np.ndarray, samples: int = 10_000, seed: int = 0) -> list[float]:
+    """95 % interval of the mean of paired differences (n,), resampling the pictures."""
+    draws = np.random.default_rng(seed).integers(0, len(difference), (samples, len(difference)))
+    return np.quantile(difference[draws].mean(1), [0.025, 0.975]).tolist()
+
+
 def resubmission(right: np.ndarray, times=(1, 10, 100)) -> dict[str, float]:
     """Accuracy when the attacker may submit the same picture r times and needs one success: for k of m draws right, the
     chance that r of them drawn without replacement are all right, C(k, r) / C(m, r); unbiased for r <= m."""
@@ -116,12 +122,16 @@ def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
             "clean": reconstruction_quality(e, table["clean"]["worst"]),
             "attacked": reconstruction_quality(e, adversarial),
         }
+    if "standard" in names and not bare:
+        difference = fresh.mean(1) - table["standard"]["hits"].mean(1)
+        result["to_classifier"] = {"difference": float(difference.mean()), "interval": bootstrap(difference)}
     messages = audited["messages"] + during_attacks(table)
     result["audit"] = {"passed": not messages, "messages": messages, "rows": audited["rows"]}
     result["masking"] = signs_of_masking(result)
     write_text(e.folder / "report.json", json.dumps(result, indent=1))
     write_text(e.folder / "report.md", markdown(result, e))
-    write_text(e.folder / "rows.tsv", rows(table, e))
+    worst = {k: np.stack([table[name][k] for name in counted])[chosen, np.arange(n)] for k in ("during", "select")}
+    write_text(e.folder / "rows.tsv", rows(table | {"worst": worst | {"hits": fresh}}, e))
     draw_samples(e, table, counted, chosen)
     return result
 
@@ -258,5 +268,20 @@ def draw_samples(e, table, names, chosen, count: int = 8) -> None:
 
 
 def in_words(r: dict) -> str:
-    """What the table means, and what to try next."""
-    return ""
+    """What the table means, and which command to try next."""
+    if not r["audit"]["passed"]:
+        return "The audit failed: accuracies seen through such gradients say nothing about robustness."
+    sentences = []
+    if versus := r.get("to_classifier"):
+        low, high = (100 * v for v in versus["interval"])
+        what = "more" if low > 0 else "less" if high < 0 else "neither more nor less"
+        sentences.append(
+            f"CARSO keeps {100 * r['robust']['accuracy']:.1f} % of these {r['n']} pictures under its worst attack, its "
+            f"own classifier {100 * r['attacks']['standard']['accuracy']:.1f} %: it is {what} robust than that, by "
+            f"{100 * versus['difference']:+.1f} points ({low:+.1f} to {high:+.1f})."
+        )
+        if low <= 0 and not r["config"]["own_answer"]:
+            sentences.append("To train a purifier against attacks on the whole: train.py --objective end-to-end.")
+    if not {"apgd", "pgd-eot"} <= set(r["attacks"]):
+        sentences.append("More attacks, of which the worst counts: the same command with --attack all.")
+    return "\n".join(sentences)

@@ -1,0 +1,228 @@
+"""What an evaluation costs, foretold (lab/plan.py) and counted; what is timed (lab/bench.py); how strong our APGD is."""
+
+import json
+import logging
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import fresh_carso
+from test_train import here, refusal
+from torch import nn
+from torch.testing import assert_close
+
+import evaluate
+from attacks import apgd, objective, random_point
+from evaluate import ATTACKS
+from lab import bench, plan
+from lab.checkpoints import save_checkpoint
+from lab.presets import PRESETS, Budget
+from lab.suite import Target
+from lab.units import Evaluation
+
+X = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2])
+BUDGET = Budget(n=3, steps=4, eot=2, pgd_steps=5, queries=6, targets=2, select=2, draws=3, chunk=3)
+
+
+def evaluation(model, folder=None, eps=0.1, labels=Y, budget=BUDGET, limit=64) -> Evaluation:
+    config = dict(eps=eps, samples=getattr(model, "samples", 1), view="logsumexp", aggregation="robust", seed=0)
+    images, config = (255 * X).to(torch.uint8), config | {"search_precision": "fp32"}
+    return Evaluation(model, images, labels, config, budget, folder, "cpu", limit, ATTACKS)
+
+
+# ------------------------------------------------------------------------------------------------------- lab/plan.py
+
+
+def really_made(e: Evaluation, name: str, monkeypatch) -> Counter:
+    """(gradient?, bare classifier?, draws at once) -> calls for all pictures, of the real attack on the real model."""
+    calls, real = Counter(), Target.draws
+
+    def draws(self, x, n, z):
+        bare = self.model is getattr(e.defence, "classifier", None)
+        gradient = x.requires_grad and torch.is_grad_enabled()
+        if z is None:  # a model without members is fed every picture n times
+            calls[gradient, bare, 1] += n * len(x)
+        else:
+            calls[gradient, bare, z.shape[1] // e.samples] += len(x)
+        return real(self, x, n, z)
+
+    monkeypatch.setattr(Target, "draws", draws)
+    e.attack(name, 0)
+    e.score(name, 0)
+    return calls
+
+
+EXACT = [name for name in ATTACKS if name not in ("standard", "rand", "square")]  # the others stop where they succeed
+
+
+@pytest.mark.parametrize("model", ["carso", "classifier"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_plan_counts_what_attacks_do(tiny_carso, tmp_path, monkeypatch, name, model):
+    e = evaluation(tiny_carso if model == "carso" else tiny_carso.classifier, tmp_path)
+    if ATTACKS[name].needs and not hasattr(e.defence, ATTACKS[name].needs):
+        return
+    planned, real = plan.count_calls(e, name, classes=5), really_made(e, name, monkeypatch)
+    if name in EXACT:
+        assert real == {call: 3 * count for call, count in planned.items() if count}
+    else:
+        assert real.keys() <= planned.keys()
+        assert all(count <= 3 * planned[call] + 8 for call, count in real.items())  # checks of the whole batch
+
+
+def test_attacks_that_find_nothing_do_all_that_was_planned(tiny_carso, tmp_path, monkeypatch):
+    with torch.no_grad():
+        labels = tiny_carso.classifier((255 * X).to(torch.uint8) / 255).argmax(1)
+    e = evaluation(tiny_carso.classifier, tmp_path, eps=1e-6, labels=labels)
+    for name in ("standard", "rand", "square"):
+        planned, real = plan.count_calls(e, name, classes=5), really_made(e, name, monkeypatch)
+        for call in planned:
+            assert real[call] == pytest.approx(3 * planned[call], abs=8), (name, call)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["standard", "rand", "pgd-eot", "square"])
+def test_short_rehearsals_tell_of_long_searches(tiny_carso, name):
+    e = evaluation(tiny_carso, budget=replace(BUDGET, steps=11, pgd_steps=9, queries=23))
+    assert plan.count_calls(e, name, classes=5) == plan.rehearse(e, name, 5, e.budget)
+
+
+def test_draws_that_do_not_fit_the_limit_are_several_calls(tiny_carso):
+    e = evaluation(tiny_carso, budget=replace(BUDGET, eot=5, pgd_steps=1), limit=6)  # two draws of three members
+    calls = plan.count_calls(e, "pgd-eot", classes=5)
+    assert calls[True, False, 2] == 2 and calls[True, False, 1] == 1
+
+
+def test_a_plan_of_the_papers_budget_is_quick_and_touches_nothing(tiny_carso):
+    """The stand-in's attacks leave the model alone: it is run for FLOP and for its rate only."""
+    e, made = evaluation(tiny_carso, budget=Budget()), []
+
+    def call(x, y, gradient, classifier, draws):
+        made.append((gradient, classifier, draws))
+        return torch.zeros(len(x), draws, 5) if not gradient else torch.zeros_like(x)
+
+    rows = {row["attack"]: row for row in plan.plan(e, list(ATTACKS), call)}
+    assert rows["rand"]["gradients"] == 2 * 101 * 20 and rows["pgd-eot"]["gradients"] == 200 * 20
+    assert rows["square"]["passes"] >= 5000 * 20 and rows["standard"]["passes"] >= 5000
+    assert rows["clean"] | {"hours": 0} == {"attack": "clean", "gradients": 0, "passes": 41, "flop": 3 * 41, "hours": 0}
+    assert len(made) < 100 and all(row["hours"] > 0 for row in rows.values())
+
+
+def test_a_calls_flop_are_linear_in_its_draws(tiny_carso):
+    e = evaluation(tiny_carso)
+    x, y = e.pictures(0)
+    for gradient in (False, True):
+        shared, each, rate = plan.measure(e.one_call, x, y, gradient, False)
+        counted = plan.count_flop(lambda gradient=gradient: e.one_call(x[:1], y[:1], gradient, False, 5))
+        assert shared + 5 * each == pytest.approx(counted, rel=1e-9) and shared > 0 and rate > 0
+
+
+def test_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
+    save_checkpoint(tmp_path / "carso.pt", carso, dataset="digits", data_dir="data", config={"eps": 0.2})
+    (tmp_path / "mine.py").write_text(
+        "from models import WideResNet\n\ndef build():\n    return WideResNet(10, 10, 1, in_channels=1)\n"
+    )
+    small = "--pictures 4 --steps 1 --eot 2 --queries 2 --targets 2 --select 1 --draws 2 --chunk 4 --device cpu".split()
+    before = sorted(tmp_path.rglob("*"))
+    for what in (["--ckpt", "carso.pt"], ["--model", "mine.py:build", "--dataset", "digits", "--eps", "0.2"]):
+        options = [*what, *small, "--attack", "all", "--plan", "--out", "planned"]
+        said = here(evaluate, tmp_path, options, monkeypatch, capsys)
+        assert "4 pictures" in said and "square" in said and said.splitlines()[-2].startswith("all")
+        assert float(said.splitlines()[-2].split()[-1]) >= 0
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(path)] == before
+
+
+# ------------------------------------------------------------------------------------------------------ lab/bench.py
+
+DIGITS = ["--preset", "digits", "--batch-size", "8", "--repeats", "1"]
+
+
+def test_bench_measures_every_part_both_ways(tmp_path, monkeypatch, capsys):
+    result = json.loads(here(bench, tmp_path, [*DIGITS, "--against", "plain", "--json"], monkeypatch, capsys))
+    assert len(result["rows"]) == 7 and result["matrix_gflop_per_second"] > 0
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in result["rows"])
+    assert result["config"]["batch_size"] == 8
+
+
+def test_both_ways_compute_the_same():
+    p = replace(PRESETS["digits"], samples=3)
+    carso, x, y = bench.build(p, 5, (1, 32, 32), 8, "cpu")
+    for part in ("classifier forward", "classifier gradient", "(c) inference", "(d) gradient"):
+        results = []
+        for way in (bench.ours, bench.plain):
+            carso.manual_seed(0)
+            results.append(way(carso, x, y)[part]())
+        assert_close(*results)
+
+
+def test_neither_way_wants_gradients_of_the_classifier():
+    carso, x, y = bench.build(PRESETS["digits"], 5, (1, 32, 32), 8, "cpu")
+    for way in (bench.ours, bench.plain):
+        for name, work in way(carso, x, y).items():
+            if not name.startswith("EoT"):
+                work()
+        assert all(p.grad is None and not p.requires_grad for p in carso.classifier.parameters())
+        assert not carso.training
+
+
+def test_bench_in_bf16_measures_the_attacks_only(tmp_path, monkeypatch, capsys):
+    seen, real = [], bench.measure
+    monkeypatch.setattr(bench, "EOT", "EoT")  # its 20 draws take half a minute where there are no such instructions
+    monkeypatch.setattr(bench, "ATTACKS", bench.ATTACKS[:3])
+    monkeypatch.setattr(bench, "measure", lambda *args: seen.append(args[-1]) or real(*args))
+    result = json.loads(here(bench, tmp_path, [*DIGITS, "--precision", "bf16", "--json"], monkeypatch, capsys))
+    assert [row["part"].split()[0] for row in result["rows"]] == ["classifier", "(a)", "(d)"]
+    assert all(row["share_of_matrix_rate"] > 0 for row in result["rows"]) and seen == [torch.bfloat16]
+
+
+def test_benchs_table_and_refusals(tmp_path, monkeypatch, capsys):
+    said = here(bench, tmp_path, DIGITS, monkeypatch, capsys).splitlines()
+    assert len(said) == 9 and said[0].startswith("WRN-10-1, batch 8, S 8, cpu") and "ratio" not in said[1]
+    for options, sentence in (
+        (["--depth", "11"], "--depth 11 must be 6n + 4"),
+        (["--batch-size", "4"], "--batch-size 4 must be 8 or more"),
+        (["--threads", "0"], "--threads 0 must be 1 or more"),
+        (["--device", "cuda"], "there is no CUDA device here"),
+    ):
+        if torch.cuda.is_available() and "cuda" in options:
+            continue
+        said = refusal(bench, tmp_path, options, monkeypatch, capsys)
+        assert said.startswith(f"bench: {sentence}") and len(said.splitlines()) == 1
+
+
+def test_what_the_backward_pass_keeps():
+    """A linear layer keeps its input; activations of its own tensors do not count."""
+    layer, x = nn.Linear(4, 4), torch.rand(2, 4, requires_grad=True)
+    assert bench.saved_bytes(layer, lambda: layer(x).relu()) == 2 * (2 * 4 * 4)  # the input, and relu's output
+    p = replace(PRESETS["digits"], attack_steps=3, fraction=0.5)
+    cost = bench.scenario(p, 3, (3, 32, 32))
+    assert cost["micro"] < cost["train"] and cost["flop"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- our APGD
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_our_apgd_is_as_strong_as_autoattacks(loss):
+    """At equally many gradients, over three seeds: the loss that is reached, and the pictures that are left."""
+    from pyautoattack.autopgd_base import APGDAttack
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 5, 2), nn.SiLU(), nn.Conv2d(16, 16, 3, 2), nn.SiLU(), nn.Flatten(),
+                          nn.Linear(16 * 6 * 6, 5)).requires_grad_(False)  # fmt: skip
+    model[-1].weight *= 30
+    x, eps, steps = torch.rand(40, 1, 28, 28), 0.06, 30
+    y = model(x).argmax(1)
+    climb, reached, left = objective(model, y, loss), Counter(), Counter()
+    for seed in range(3):
+        settings = dict(eps=eps, norm="Linf", seed=seed, device="cpu", logger=logging.getLogger("auto-attack"))
+        theirs = APGDAttack(model, n_restarts=1, n_iter=steps, eot_iter=1, rho=0.75, loss=loss, **settings)
+        torch.manual_seed(seed)
+        mine, _ = apgd(climb, x, eps, steps, random_point(x, eps))
+        for name, found in (("theirs", theirs.perturb(x, y, best_loss=True)), ("ours", mine)):
+            reached[name] += climb(found)[0].sum().item()
+            left[name] += (model(found).argmax(1) == y).sum().item()
+    print(reached, left)
+    assert 0 < left["theirs"] < 120 and left["ours"] <= left["theirs"] + 3
