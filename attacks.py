@@ -20,12 +20,12 @@ def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def dlr(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Difference of logits ratio (Croce and Hein 2020), invariant to the scale and shift of the logits: positive where
-    the picture is misclassified. (B, K), (B,) -> (B,). With K = 2 there is no third logit to scale by: the plain
-    difference."""
+    the picture is misclassified. (B, K), (B,) -> (B,). With K = 2 there is no third logit to scale by, with K = 3 the
+    ratio is the constant 1 wherever the true class comes last: there the plain difference."""
     ordered = logits.sort(dim=1).values
     own = logits.gather(1, y[:, None]).squeeze(1)
     best_other = torch.where(logits.argmax(dim=1) == y, ordered[:, -2], ordered[:, -1])
-    scale = ordered[:, -1] - ordered[:, -3] + 1e-12 if logits.shape[1] > 2 else 1.0
+    scale = ordered[:, -1] - ordered[:, -3] + 1e-12 if logits.shape[1] > 3 else 1.0
     return (best_other - own) / scale
 
 

@@ -11,6 +11,7 @@
 Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, and `note` says so.
 """
 
+import hashlib
 import io
 import math
 import zipfile
@@ -80,6 +81,14 @@ def augment(x: torch.Tensor, draws: torch.Tensor, mirror: bool = True, padding: 
     picture = torch.arange(len(x), device=x.device)[:, None, None, None]
     channel = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
     return F.pad(x, [padding] * 4)[picture, channel, rows, columns]
+
+
+def fingerprint(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> str:
+    """Of pictures (N, C, H, W), their labels (N,) and the classes' names, as hexadecimal digits."""
+    digest = hashlib.blake2b(repr((tuple(images.shape), list(classes))).encode(), digest_size=16)
+    for tensor in (images, labels):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------- loading

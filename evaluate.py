@@ -30,30 +30,35 @@ import torch
 from torch import nn
 
 import data as datasets
-from attacks import ascend, project, random_point
+from attacks import ascend, project
 from lab import audit, plan, report
-from lab.checkpoints import check_fits, is_checkpoint, load_checkpoint, load_function, load_published
+from lab.checkpoints import check_fits, fingerprint_of, is_checkpoint, load_checkpoint, load_function, load_published
 from lab.checkpoints import load_published_classifier as load_classifier
 from lab.files import check_config
 from lab.presets import BUDGETS, Budget, add_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
-from lab.suite import AGGREGATIONS, CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, VIEWS, Attack, Target, climb, survives
-from lab.units import Evaluation
+from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found
+from lab.target import AGGREGATIONS, VIEWS, Target, climb
+from lab.units import UNITS, Evaluation
 
 # ------------------------------------------------------------------------------------ the paper's attacks, section 5.1
 
 
 def autoattack(version: str):
-    """AutoAttack (Croce and Hein 2020), `standard` or `rand`, with this budget's steps, draws, queries and targets."""
+    """AutoAttack (Croce and Hein 2020), `standard` or `rand`, with this budget's steps, draws, queries and targets.
 
-    def attack(target: Target, x, y, eps: float, b: Budget):
+    Where nothing was flipped it returns the clean picture; of rand, which stops at one lucky draw, the points of the
+    largest loss are candidates too."""
+
+    def run(target: Target, x, y, eps: float, b: Budget):
         from pyautoattack import AutoAttack
         from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
         from pyautoattack.fab_pt import FABAttack_PT
 
         logging.getLogger("auto-attack").setLevel(logging.ERROR)
-        seed, classes = torch.initial_seed() % 2**31, target(x[:1]).shape[1]
-        settings = dict(eps=eps, norm="Linf", seed=seed, device=x.device)
+        with torch.no_grad():
+            classes = target(x[:1]).shape[1]
+        settings = dict(eps=eps, norm="Linf", seed=torch.initial_seed() % 2**31, device=x.device)
         suite = AutoAttack(target, version=version, **settings)
         draws, targets = b.eot if version == "rand" else 1, min(b.targets, classes - 1)
         # Built anew: changing n_iter afterwards would leave their schedules at 100 steps.
@@ -63,28 +68,47 @@ def autoattack(version: str):
         suite.apgd_targeted = APGDAttack_targeted(target, n_target_classes=targets, eot_iter=1, **pgd)
         suite.fab = FABAttack_PT(target, n_target_classes=targets, **settings)
         suite.square.n_queries = b.queries
+        suite.square.perturb = torch.no_grad()(suite.square.perturb)  # it would keep the graph of every query
         if classes <= 3:  # APGD-T, FAB-T and DLR need more classes than that
             suite.attacks_to_run = ["apgd-ce"] if version == "rand" else ["apgd-ce", "fab", "square"]
             suite.fab.n_target_classes = classes - 1
+        points = remember_best(suite.apgd, x) if version == "rand" else []
         adversarial, answer = suite.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
-        return project(adversarial, x, eps)[None].detach(), answer == y
+        return project(torch.stack([adversarial.detach(), *points]), x, eps), answer == y
 
-    return attack
+    return run
+
+
+def remember_best(apgd, x: torch.Tensor) -> list[torch.Tensor]:
+    """Makes AutoAttack's APGD append to the list that is returned, for each of its runs, the points of the largest
+    loss, (B, C, H, W); x where a picture was not attacked."""
+    points, single_run = [], apgd.attack_single_run
+    where = {picture.tobytes(): i for i, picture in enumerate(x.cpu().numpy())}  # it attacks some of the pictures
+
+    def remembering(pictures, *args, **kwargs):
+        result = single_run(pictures, *args, **kwargs)
+        points.append(x.clone())
+        points[-1][[where[picture.tobytes()] for picture in pictures.cpu().numpy()]] = result[0].detach()
+        return result
+
+    apgd.attack_single_run = remembering
+    return points
 
 
 def pgd_eot(target: Target, x, y, eps: float, b: Budget):
     """PGD with EoT (paper, table 12), from a random start."""
     objective = climb(target, y, "ce", b.eot)
-    candidates = ascend(objective, x, random_point(x, eps), eps, b.pgd_steps, b.pgd_step_size)[None]
-    return candidates, survives(target, candidates, y)
+    return found(target, y, ascend(objective, x, target.random_point(x, eps), eps, b.pgd_steps, b.pgd_step_size))
 
 
 PAPER_ATTACKS = {
-    "standard": Attack(autoattack("standard"), on="classifier"),
-    "rand": Attack(autoattack("rand")),
-    "pgd-eot": Attack(pgd_eot),
+    "pgd-eot": Attack(alone(pgd_eot)),
+    "rand": Attack(alone(autoattack("rand"))),
+    "standard": Attack(alone(autoattack("standard")), on="classifier", eot=False),
 }
-ATTACKS = CONTROL_ATTACKS | PAPER_ATTACKS | OUR_ATTACKS
+SQUARE = {"square": OUR_ATTACKS["square"]}
+# In the order in which they run: in a cascade the cheap and strong ones first.
+ATTACKS = CONTROL_ATTACKS | {k: a for k, a in OUR_ATTACKS.items() if k != "square"} | PAPER_ATTACKS | SQUARE
 GROUPS = {"paper": list(PAPER_ATTACKS), "all": [name for name in PAPER_ATTACKS | OUR_ATTACKS if name != "apgd-ce"]}
 
 
@@ -109,8 +133,8 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
     elif args.ckpt and not whole:
         model = load_classifier(source, classes)
     if hasattr(model, "purifier"):
-        check_fits(model, source, data.name, shape, classes)
-    return model.to(args.device), state, data, source
+        check_fits(model, source, data.name, shape, classes, state.get("classes"), data.classes)
+    return model.requires_grad_(False).to(args.device), state, data, source
 
 
 def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
@@ -137,10 +161,14 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         model.own_answer = args.own_answer
     asked = [n for a in args.attack for n in GROUPS.get(a, [a])]
     names = [n for n in ATTACKS if n in ("clean", "noise", *asked)]
-    skipped = [n for n in names if ATTACKS[n].needs and not hasattr(model, ATTACKS[n].needs)]
+    skipped = [n for n in names if ATTACKS[n].needs and not hasattr(model, "purifier")]
+    images, labels = data.test_images[: budget.n], data.test_labels[: budget.n]
     config = {
         "checkpoint": str(args.ckpt or args.published or args.model),
         "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "weights": fingerprint_of(model),
+        "pictures": datasets.fingerprint(images, labels, data.classes),
+        "units": UNITS,
         "dataset": data.name,
         "eps": eps,
         "samples": samples,
@@ -151,6 +179,8 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "judge": args.judge,
         "seed": args.seed,
         "search_precision": args.search_precision,
+        "cascade": "all" in args.attack if args.cascade is None else args.cascade,
+        "classes": len(data.classes),
         **dataclasses.asdict(budget),
     }
     folder = args.out or source.parent / (
@@ -158,7 +188,6 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         + hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=3).hexdigest()
     )
     check_config(folder / "config.json", config, "--out", write=not args.plan)
-    images, labels = data.test_images[: budget.n], data.test_labels[: budget.n]
     e = Evaluation(model, images, labels, config, budget, folder, args.device, args.limit, ATTACKS)
     e.judge = judge
     return e, [n for n in names if n not in skipped], [f"{n} (the model has no {ATTACKS[n].needs})" for n in skipped]
@@ -173,6 +202,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     what.add_argument("--model", metavar="FILE.py:FUNCTION", help="a function that returns an nn.Module")
     names = f"any of {', '.join(ATTACKS)}; paper: its whole protocol; all: the union (default: standard rand)"
     add("--attack", nargs="+", default=["standard", "rand"], choices=[*ATTACKS, *GROUPS], metavar="NAME", help=names)
+    add("--cascade", action=argparse.BooleanOptionalAction, help="a picture that an attack takes on every draw is not "
+        "attacked again (default: for --attack all)")  # fmt: skip
     add("--eps", type=parse_number, help="radius in pixels, such as 8/255 (default: the training's)")
     add("--samples", type=int, help="S, reconstructions a picture (default: the checkpoint's)")
     add("--own-answer", type=parse_number, metavar="SHARE", help="of the classifier's answer to the picture in a "
@@ -198,9 +229,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
     try:
         e, names, skipped = prepare(args)
     except (ValueError, OSError) as error:
@@ -214,16 +246,18 @@ def main() -> int:
         for message in audited["messages"] if audited else ():
             print(f"audit: {message}", file=sys.stderr, flush=True)
         if args.sweep:
-            audit.sweep(e, args.sweep, rank, ranks)
+            audit.sweep(e, args.sweep, loud=rank == 0)
             return 0 if rank or audited["passed"] else 3
-        e.run(names, rank, ranks)
+        e.run(names, loud=rank == 0)
+        names = e.finished()  # also those of earlier commands: the worst counts over all
+        headline, counted = e.headline_of(names)
+        e.run([headline], loud=rank == 0, over=counted)
         if rank > 0:
             return 0
-        e.wait(names)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last finished chunk", file=sys.stderr)
         return 130
-    result = report.write(e, names, audited, skipped)
+    result = report.write(e, names, headline, audited, skipped)
     print((e.folder / "report.md").read_text())
     print(report.in_words(result))
     print(f"written to {e.folder}")

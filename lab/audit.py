@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import data as datasets
 from attacks import LOSSES
 from lab.files import write_text
 from lab.presets import eps_text
-from lab.suite import OBJECTIVES, VIEWS, Target, reseed, seed_for
+from lab.suite import OBJECTIVES
+from lab.target import VIEWS, Target, deterministic, full_precision, reseed, seed_for
 
 # ------------------------------------------------------------------------------------------------ before the attacks
 
@@ -21,25 +23,32 @@ from lab.suite import OBJECTIVES, VIEWS, Target, reseed, seed_for
 def audit(e, count: int = 8, draws: int = 10) -> dict:
     """Before any attack: do the gradients that an attack would follow exist, and are they the derivative?
 
-    On the first pictures, through the view that the attacks see (and, for a defence with members, our APGD's others):
-    finite logits; for each single draw a gradient that is finite and not exactly zero (of pictures that this draw
-    classifies correctly: DLR is rightly flat elsewhere); in float64 the same decisions, gradients that point the same
-    way, and a directional derivative that agrees with finite differences, which a detached part or a made-up gradient
-    fails.
+    On pictures of as many classes as there are (up to 2 count), through the view that the attacks see (and, for a
+    defence with members, our APGD's others): finite logits; for each single draw a gradient that is finite and not
+    exactly zero (of pictures that this draw classifies correctly: DLR is rightly flat elsewhere); in float64 the same
+    decisions, gradients that point the same way, and a directional derivative that agrees with finite differences,
+    which a detached part or a made-up gradient fails. The worst picture counts.
+
+    Returns passed, messages (a sentence for each fault), notes (what could not be tried), rows (the numbers).
     """
-    x, y = e.pictures(0)
-    x, y = x[:count], y[:count]
+    x, y = pictures_of_all_classes(e, count)
     members = hasattr(e.defence, "member_logits")
     views = {(e.config["view"], loss) for loss in LOSSES} | (set(OBJECTIVES) if members else set())
-    rows, messages = [], []
+    rows, messages, notes = [], [], []
     for view, loss in sorted(views):
         if view == "sum-exp" and loss == "ce":
             continue  # a saturated softmax: no attack of ours uses it
         reseed(seed_for("audit", view, loss, e.config["seed"]), e.defence)
         target = Target(e.defence, VIEWS[view], e.samples, e.limit)
-        row = {"view": view if members else "output", "loss": loss} | gradient_shares(target, x, y, loss, draws)
-        row |= against_float64(target, x, y, loss)
+        row = {"view": view if members else "output", "loss": loss}
         name = f"{loss.upper()} through {row['view']}"
+        with full_precision():
+            row |= gradient_shares(target, x, y, loss, draws)
+            try:
+                row |= against_float64(target, x, y, loss)
+            except (RuntimeError, TypeError) as error:  # a constant of another type inside the model, say
+                row |= dict.fromkeys(("same_decision", "cosine", "derivative"))
+                notes.append(f"{name}: the check in float64 could not be tried ({str(error).splitlines()[0]})")
         if row["nonfinite_logits"] > 0:
             messages.append(f"{name}: {row['nonfinite_logits']:.1%} of the outputs are not finite")
         if row["nonfinite"] > 0:
@@ -58,7 +67,15 @@ def audit(e, count: int = 8, draws: int = 10) -> dict:
                 f"{row['derivative']:.3g} of what it claims); something in the path is detached or made up"
             )
         rows.append(row)
-    return {"passed": not messages, "messages": messages, "rows": rows}
+    return {"passed": not messages, "messages": messages, "notes": notes, "rows": rows}
+
+
+def pictures_of_all_classes(e, count: int):
+    """The first picture of each class, then the first others: x (B, C, H, W), y (B,), between count and 2 count."""
+    firsts = [int((e.labels == k).nonzero()[0]) for k in e.labels.unique()][: 2 * count]
+    others = [i for i in range(min(len(e.labels), 2 * count)) if i not in firsts]
+    chosen = sorted(firsts + others[: max(0, count - len(firsts))])
+    return datasets.pixels(e.images[chosen].to(e.device)), e.labels[chosen].to(e.device)
 
 
 def gradient_shares(target: Target, x, y, loss: str, draws: int) -> dict:
@@ -66,10 +83,7 @@ def gradient_shares(target: Target, x, y, loss: str, draws: int) -> dict:
     counts = dict.fromkeys(("nonfinite_logits", "nonfinite", "zero"), 0.0)
     considered = 0
     for _ in range(draws):
-        lead = x.clone().requires_grad_()
-        logits = target(lead)
-        values = LOSSES[loss](logits, y)
-        gradient = torch.autograd.grad(values.sum(), lead)[0] if values.requires_grad else torch.zeros_like(x)
+        logits, gradient = logits_and_gradient(target, x, y, loss)
         right = logits.argmax(1) == y
         flat = gradient.flatten(1)
         counts["nonfinite_logits"] += (~logits.isfinite()).any(1).sum().item() / (len(x) * draws)
@@ -80,43 +94,63 @@ def gradient_shares(target: Target, x, y, loss: str, draws: int) -> dict:
     return counts
 
 
+def logits_and_gradient(target: Target, x, y, loss: str, z=None):
+    """One evaluation of every picture: logits (B, K), and the loss's gradient (B, C, H, W), zero where none exists."""
+    lead = x.clone().requires_grad_()
+    logits = target(lead) if z is None else target.draws(lead, 1, z)[:, 0]
+    values = LOSSES[loss](logits, y)
+    gradient = torch.autograd.grad(values.sum(), lead)[0] if values.requires_grad else torch.zeros_like(lead)
+    return logits.detach(), gradient
+
+
 def against_float64(target: Target, x, y, loss: str) -> dict:
-    """The same draw in float64: share of equal decisions, smallest cosine of the gradients over the pictures, and the
-    median over the pictures of (finite difference along the gradient) / (what the gradient claims). None where a model
-    draws noise of its own, which cannot be held fixed across the two, or where there is no gradient."""
-    double = target.in_float64()
-    z = target.draw(x)
-    seed = torch.initial_seed()
-
-    def losses(which, pictures, noise):
-        torch.manual_seed(seed)  # for a model that draws from the global generator
-        logits = which.draws(pictures, 1, noise)[:, 0]
-        return logits, LOSSES[loss](logits, y)
-
-    def gradient(which, pictures, noise):
-        lead = pictures.clone().requires_grad_()
-        logits, values = losses(which, lead, noise)
-        g = torch.autograd.grad(values.sum(), lead)[0] if values.requires_grad else torch.zeros_like(lead)
-        return logits.detach().double(), g.double().flatten(1)
-
+    """The same draw in float64: share of equal decisions; over the pictures that both get right, whose gradient is not
+    vanishing beside the others' (a saturated softmax leaves nothing but roundings), the smallest cosine of the
+    gradients, and of the ratios (finite difference along the gradient) / (what the gradient claims) the one farthest
+    from 1. None where a model draws noise of its own, which cannot be held fixed across the two, or where there is no
+    gradient."""
+    double, z, seed = target.in_float64(), target.draw(x), torch.initial_seed()
     z64 = None if z is None else z.double()
-    logits32, g32 = gradient(target, x, z)
-    logits64, g64 = gradient(double, x.double(), z64)
+
+    def again(which, pictures, noise):
+        torch.manual_seed(seed)  # for a model that draws from the global generator
+        return logits_and_gradient(which, pictures, y, loss, noise)
+
+    logits32, g32 = again(target, x, z)
+    logits64, g64 = again(double, x.double(), z64)
+    g32, g64 = g32.double().flatten(1), g64.flatten(1)
+    right = (logits32.argmax(1) == y) & (logits64.argmax(1) == y)
     norm = g64.norm(dim=1)
-    usable = norm.isfinite() & (norm > 0) & g32.isfinite().all(1)
+    usable = right & norm.isfinite() & g32.isfinite().all(1)
+    usable &= norm > 1e-3 * norm[usable].max() if usable.any() else usable
     result = {"same_decision": None, "cosine": None, "derivative": None}
-    stochastic = z is None and not torch.equal(target(x), target(x))
+    stochastic = z is None and not deterministic(target, x)
     if not stochastic:
         result["same_decision"] = (logits32.argmax(1) == logits64.argmax(1)).double().mean().item()
     if usable.any():
         if not stochastic:
-            result["cosine"] = F.cosine_similarity(g32, g64).masked_select(usable).median().item()
-        h = 1e-5  # along a direction of length 1
-        direction = (g64 / norm.clamp(min=1e-300)[:, None]).nan_to_num().view_as(x)
-        with torch.no_grad():
-            up, down = (losses(double, x.double() + sign * h * direction, z64)[1] for sign in (1, -1))
-        result["derivative"] = ((up - down) / (2 * h) / norm)[usable].median().item()
+            result["cosine"] = (F.normalize(g32, eps=0) * F.normalize(g64, eps=0)).sum(1)[usable].min().item()
+        usable &= norm > 1e-6  # where the loss itself has digits left to show a difference
+        if usable.any():
+            result["derivative"] = finite_difference(double, x.double(), y, loss, z64, g64, norm, seed, usable)
     return result
+
+
+@torch.no_grad()
+def finite_difference(double: Target, x, y, loss: str, z, gradient, norm, seed: int, usable) -> float:
+    """Of the ratios of finite difference and gradient, the usable picture's that is farthest from 1."""
+    direction = (gradient / norm.clamp(min=1e-300)[:, None]).nan_to_num().view_as(x)  # of length 1
+    ratios = []
+    for h in (1e-5, 1e-6):  # a kink between the two points spoils one length, hardly both
+        values = []
+        for sign in (1, -1):
+            torch.manual_seed(seed)
+            moved = x + sign * h * direction
+            logits = double(moved) if z is None else double.draws(moved, 1, z)[:, 0]
+            values.append(LOSSES[loss](logits, y))
+        ratios.append((values[0] - values[1]) / (2 * h) / norm)
+    ratio = torch.where((ratios[0] - 1).abs() < (ratios[1] - 1).abs(), *ratios)[usable]
+    return ratio[(ratio - 1).abs().argmax()].item()
 
 
 # -------------------------------------------------------------------------------- along the attacks, and after them
@@ -182,21 +216,20 @@ SWEEPS = {
 }
 
 
-def sweep(e, what: str, rank: int, ranks: int) -> None:
+def sweep(e, what: str, loud: bool) -> None:
     """sweep-WHAT.tsv: accuracy under our APGD on cross-entropy (and under noise) at every value of the sweep."""
     names, rows = ["clean", "noise", "apgd-ce"], []
     for value in SWEEPS[what]:
         text = eps_text(value).replace("/", "_") if what == "eps" else str(value)
         point = e.changed(what, value, e.folder / f"sweep-{what}" / text)
-        point.run(names, rank, ranks)
-        if rank == 0:
-            point.wait(names)
+        point.run(names, loud)
+        if loud:
             rows.append([value, *(point.accuracy(name) for name in names)])
             print(
                 f"{what} {value:g}: clean {rows[-1][1]:.1%}, noise {rows[-1][2]:.1%}, attacked {rows[-1][3]:.1%}",
                 flush=True,
             )
-    if rank == 0:
+    if loud:
         lines = ["\t".join([what, *names, "n"])]
         lines += ["\t".join([f"{row[0]:.6g}", *(f"{v:.4f}" for v in row[1:]), str(len(e.labels))]) for row in rows]
         write_text(e.folder / f"sweep-{what}.tsv", "\n".join(lines) + "\n")

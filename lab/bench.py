@@ -29,7 +29,7 @@ from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, fgsm, o
 from lab.plan import count_flop
 from lab.presets import COUNT, DEPTH, PAPER, PRESETS, Preset
 from lab.ranks import keep_freed_memory
-from lab.suite import Target, climb
+from lab.target import Target, climb
 from models import Norm, WideResNet, record, representation_layers
 from purifier import CARSO, build_carso, vae_loss
 from train import Lookahead
@@ -124,10 +124,10 @@ def measure(ways: dict[str, dict], device: torch.device, repeats: int, dtype: to
     side = 8192 if device.type == "cuda" else 1024  # a GPU would spend most of a small product's time on starting it
     a, product = torch.randn(side, side, device=device).to(dtype), float("inf")
     times = {(way, name): [] for name in ways["ours"] for way in ways}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
         for way, name in times:
             times[way, name].append(seconds(ways[way][name], device))
-            product = min(product, *(seconds(lambda: a @ a, device) for _ in range(5 if repeat else 1)))
+            product = min(product, seconds(lambda: a @ a, device))
     return {key: each[1:] for key, each in times.items()}, 2 * side**3 / product  # the first one warms up
 
 

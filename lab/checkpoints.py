@@ -8,6 +8,7 @@
 Every function raises ValueError with one sentence that names the file and says what is wrong with it.
 """
 
+import hashlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -114,22 +115,38 @@ def is_checkpoint(path) -> bool:
     return isinstance(content, dict) and "format" in content
 
 
-def check_fits(carso: CARSO, path, name: str, image_shape, num_classes: int) -> None:
-    """ValueError if this defence, read from path, is not made for the pictures and classes of data `name`."""
+def check_fits(carso: CARSO, path, name: str, image_shape, num_classes: int, trained_on=None, classes=None) -> None:
+    """ValueError if this defence, read from path, is not made for the pictures and classes of data `name`, or if the
+    names of the classes that it was trained on are others."""
     made_for = tuple(carso.purifier.config["image_shape"]), carso.classifier.config["num_classes"]
     given = tuple(image_shape), num_classes
     if given != made_for:
         raise ValueError(
             f"{path} takes pictures {made_for[0]} of {made_for[1]} classes; {name} has {given[0]} of {given[1]}"
         )
+    if trained_on and classes and list(trained_on) != list(classes):
+        k = next(k for k, (a, b) in enumerate(zip(trained_on, classes)) if a != b)
+        raise ValueError(
+            f"{path} was trained on other classes: its class {k} is {trained_on[k]}, that of {name} is {classes[k]}"
+        )
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """Of every tensor in its state dict, as hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_start(path, data: Dataset, device) -> CARSO:
     """A trained CARSO to go on from. ValueError if there is none, or it is of other data."""
     if not Path(path).is_file():
         raise ValueError(f"there is no {path} to start from: train with --objective paper first, or say --from scratch")
-    carso, _ = load_checkpoint(path, device)
-    check_fits(carso, path, data.name, data.train_images.shape[1:], len(data.classes))
+    carso, state = load_checkpoint(path, device)
+    shape = data.train_images.shape[1:]
+    check_fits(carso, path, data.name, shape, len(data.classes), state.get("classes"), data.classes)
     return carso
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.report import bootstrap
 
-
-def read(folder) -> tuple[dict, np.ndarray, np.ndarray]:
-    """What was evaluated, and for each picture how often it was right: clean (n,), and under its worst attack (n,)."""
+def read(folder) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
+    """What was evaluated; the labels (n,); and for each picture how often it was right: clean (n,), and under its worst
+    attack (n,)."""
     folder = Path(folder)
     try:
         report = json.loads((folder / "report.json").read_text())
@@ -28,44 +27,102 @@ def read(folder) -> tuple[dict, np.ndarray, np.ndarray]:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except OSError as error:
         raise ValueError(f"{folder} is not a finished evaluation ({error.strerror}: {error.filename})") from None
-    right = {"clean": np.full(report["n"], np.nan), "worst": np.full(report["n"], np.nan)}
-    least = np.full(report["n"], np.inf)
-    rows.sort(key=lambda row: row["attack"] in ("clean", "noise"))  # to the end: among equals the first one counts
-    names = {row["attack"] for row in rows}
-    for row in rows:
-        i, share = int(row["picture"]), int(row["right"]) / int(row["draws"])
-        if row["attack"] in right:
-            right[row["attack"]][i] = share
-        if "worst" not in names and row["attack"] in report["counted"] and float(row["select"]) < least[i]:
-            least[i], right["worst"][i] = float(row["select"]), share  # an earlier version wrote no worst rows
-    return report, right["clean"], right["worst"]
+    try:
+        labels, least = np.full(report["n"], -1), np.full(report["n"], np.inf)
+        right = {"clean": np.full(report["n"], np.nan), "worst": np.full(report["n"], np.nan)}
+        rows.sort(key=lambda row: row["attack"] in ("clean", "noise"))  # to the end: among equals the first one counts
+        names = {row["attack"] for row in rows}
+        for row in rows:
+            i, share = int(row["picture"]), int(row["right"]) / int(row["draws"])
+            labels[i] = int(row["label"])
+            if row["attack"] in right:
+                right[row["attack"]][i] = share
+            if "worst" not in names and row["attack"] in report["counted"] and float(row["select"]) < least[i]:
+                least[i], right["worst"][i] = float(row["select"]), share  # an earlier version wrote no worst rows
+        report["robust"]["accuracy"], report["audit"]["passed"], report["dataset"], report["eps"], report["checkpoint"]
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{folder} is not an evaluation's folder: report.json or rows.tsv are damaged ({error!r})"
+        ) from None
+    if np.isnan(right["clean"]).any() or np.isnan(right["worst"]).any():
+        raise ValueError(f"{folder}/rows.tsv lacks pictures of the {report['n']} that report.json names: is it whole?")
+    return report, labels, right["clean"], right["worst"]
+
+
+def interval(difference: np.ndarray, samples: int = 10_000) -> list[float]:
+    """95 % interval of the mean of paired differences (seeds, n), resampling the seeds and the pictures."""
+    rng = np.random.default_rng(0)
+    seeds, n = difference.shape
+    means = np.empty(samples)
+    for k in range(samples):
+        chosen = difference[rng.integers(0, seeds, seeds)] if seeds > 1 else difference
+        means[k] = chosen.mean(0)[rng.integers(0, n, n)].mean()
+    return np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def compare(groups: list[list[str]]) -> list[dict]:
-    """A row for each group of folders (the seeds of one model). Raises ValueError if they are not comparable."""
-    rows, first = [], None
-    for folders in groups:
-        reports, clean, worst = zip(*map(read, folders))
-        for report in reports:
-            setting = {k: report[k] for k in ("dataset", "n", "eps")}
-            if first is not None and setting != first[0]:
-                raise ValueError(f"{report['checkpoint']} was evaluated on {setting}, the first one on {first[0]}")
-            first = first or (setting, np.mean(clean, 0), np.mean(worst, 0))
-        clean, worst = np.mean(clean, 0), np.mean(worst, 0)
+    """A row for each group of folders (the seeds of one model). Raises ValueError if they are not comparable.
+
+    Where all groups have as many seeds, they are paired; else each is averaged over its seeds first."""
+    read_groups = [[read(folder) for folder in folders] for folders in groups]
+    rows, (first, first_labels, _, _) = [], read_groups[0][0]
+    paired = len({len(group) for group in read_groups}) == 1
+    for group in read_groups:
+        for report, labels, _, _ in group:
+            for field in ("dataset", "n", "eps"):
+                if report[field] != first[field]:
+                    raise ValueError(
+                        f"{report['checkpoint']} was evaluated on {field!r}: {report[field]}, "
+                        f"{first['checkpoint']} on {first[field]}"
+                    )
+            if (labels != first_labels).any():
+                raise ValueError(f"{report['checkpoint']} was evaluated on other pictures: their labels differ")
+        reports = [report for report, *_ in group]
+        clean, worst = (np.stack([values[k] for values in group]) for k in (2, 3))
+        base = [np.stack([values[k] for values in read_groups[0]]) for k in (2, 3)]
+        differences = [a - b if paired else (a.mean(0) - b.mean(0))[None] for a, b in zip((clean, worst), base)]
         rows.append(
             {
                 "models": [report["checkpoint"] for report in reports],
-                "n": len(clean),
+                "n": clean.shape[1],
                 "audit": all(report["audit"]["passed"] for report in reports),
                 "attacks": reports[0]["counted"],
+                "work": {k: reports[0].get("config", {}).get(k) for k in ("steps", "eot", "select", "draws")}
+                | {"deterministic": reports[0].get("deterministic", False)},
+                # how far a noisy choice of the worst candidate may flatter it
+                "flattered": max(r["robust"]["accuracy"] - r["robust"].get("least", np.nan) for r in reports),
                 "clean": clean.mean(),
                 "robust": worst.mean(),
                 "by_seed": [report["robust"]["accuracy"] for report in reports],
-                "clean_difference": [(clean - first[1]).mean(), *bootstrap(clean - first[1])],
-                "robust_difference": [(worst - first[2]).mean(), *bootstrap(worst - first[2])],
+                "clean_difference": [differences[0].mean(), *interval(differences[0])],
+                "robust_difference": [differences[1].mean(), *interval(differences[1])],
             }
         )
     return rows
+
+
+def warnings(rows: list[dict]) -> list[str]:
+    """What a reader must know before believing a difference."""
+    found = []
+    for row in rows[1:]:
+        unlike = {k: (v, rows[0]["work"][k]) for k, v in row["work"].items() if v != rows[0]["work"][k]}
+        unlike.pop("deterministic", None)
+        if rows[0]["work"]["deterministic"] or row["work"]["deterministic"]:  # which needs one draw
+            unlike = {k: v for k, v in unlike.items() if k == "steps"}
+        for k, (mine, other) in unlike.items():
+            found.append(f"{row['models'][0]}: {k} {mine}, but {other} for {rows[0]['models'][0]}")
+        if set(row["attacks"]) != set(rows[0]["attacks"]):
+            differ = sorted(set(row["attacks"]) ^ set(rows[0]["attacks"]))
+            found.append(f"{row['models'][0]}: not the same attacks ({', '.join(differ)})")
+        flattered = np.nanmax([row["flattered"], rows[0]["flattered"], 0.0])
+        if flattered > abs(row["robust_difference"][0]):
+            found.append(
+                f"{row['models'][0]}: choosing the worst candidate by noisy answers may flatter by up to "
+                f"{100 * flattered:.1f} points, more than the difference"
+            )
+        elif np.isnan(row["flattered"]) and (row["work"]["select"] or 0) < 20:
+            found.append(f"{row['models'][0]}: {row['work']['select']} draws choose the worst candidate: too few")
+    return found
 
 
 def points(difference: float) -> str:
@@ -82,19 +139,25 @@ def main() -> int:
     except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
+    for sentence in warnings(rows):
+        print(f"compare: {sentence}", file=sys.stderr)
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
-    print("| model | seeds x pictures | clean | robust | by seed | difference, clean | difference, robust | audit |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| model | seeds x pictures | steps, EoT, select, draws | clean | robust | by seed | difference, clean "
+          "| difference, robust | flattered by at most | audit |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         differences = [
             f"{points(mean)} ({points(low)} to {points(high)})"
             for mean, low, high in (row["clean_difference"], row["robust_difference"])
         ]
         by_seed = " ".join(f"{100 * value:.1f}" for value in row["by_seed"])
-        cells = [row["models"][0], f"{len(row['models'])} x {row['n']}", f"{100 * row['clean']:.1f}"]
-        cells += [f"{100 * row['robust']:.1f}", by_seed, *differences, "passed" if row["audit"] else "**failed**"]
+        work = "deterministic" if row["work"].pop("deterministic") else ""
+        work = ", ".join(filter(None, [*map(str, row["work"].values()), work]))
+        cells = [row["models"][0], f"{len(row['models'])} x {row['n']}", work, f"{100 * row['clean']:.1f}"]
+        cells += [f"{100 * row['robust']:.1f}", by_seed, *differences, f"{100 * row['flattered']:.1f}"]
+        cells += ["passed" if row["audit"] else "**failed**"]
         print("| " + " | ".join(cells) + " |")
     return 0
 

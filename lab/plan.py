@@ -53,7 +53,8 @@ class StandIn(nn.Module):
     def __init__(self, model: nn.Module, samples: int, answer: torch.Tensor, calls: Counter, bare: bool = False):
         super().__init__()
         self.samples, self.answer, self.calls, self.bare = samples, answer, calls, bare
-        if hasattr(model, "classifier"):
+        if hasattr(model, "purifier"):
+            self.purifier = None
             self.classifier = StandIn(model.classifier, 1, answer, calls, bare=True)
         if hasattr(model, "member_logits"):
             self.member_logits, self.draw = self.members, lambda x, members: torch.zeros(len(x), members, 1)
@@ -76,10 +77,10 @@ def rehearse(e, name: str, classes: int, budget) -> Counter:
     small = copy.copy(e)
     small.images, small.labels, small.budget, small.device = e.images[:1], e.labels[:1], budget, "cpu"
     small.defence = StandIn(e.defence, e.samples, answer, calls)
+    e.is_deterministic(e.bare(name))  # of the model, not of the stand-in, which shares what is known
     with tempfile.TemporaryDirectory() as folder:
         small.folder = Path(folder)
         small.attack(name, 0)
-        small.score(name, 0)
     return calls
 
 
@@ -137,6 +138,7 @@ def plan(e, names: list[str], call) -> list[dict]:
 
 def text(rows: list[dict], e) -> str:
     """The table that evaluate.py --plan prints."""
+    disk = len(rows) * e.images.numel() * 4 / 1e9  # each attack keeps the worst candidate of a picture
     total = {"attack": "all"} | {k: sum(row[k] for row in rows) for k in ("gradients", "passes", "flop", "hours")}
     lines = [f"{len(e.labels)} pictures, S = {e.samples}, {e.device}, attacks in {e.config['search_precision']}; "
              "a picture's passes, FLOP of all pictures, hours at the rate just measured here",
@@ -144,4 +146,6 @@ def text(rows: list[dict], e) -> str:
     for row in [*rows, total]:
         lines.append(f"{row['attack']:<14}{row['gradients']:>12,}{row['passes']:>14,}{row['flop'] / 1e12:>14,.2f}"
                      f"{row['hours']:>12,.3f}")  # fmt: skip
-    return "\n".join([*lines, "Divide the hours by the number of devices. AutoAttack and Square are upper bounds."])
+    lines.append("Divide the hours by the number of processes with a device each. These are upper bounds: AutoAttack, "
+                 "Square and a cascade leave pictures alone that they have beaten.")  # fmt: skip
+    return "\n".join([*lines, f"On disk: {disk:.2g} GB."])

@@ -143,7 +143,7 @@ BUDGETS = {
     "paper": Budget(),
     # Ours: two minutes on two CPU cores. Enough to see a defence break, too little to prove that one holds.
     "reduced": Budget(
-        n=100, steps=10, eot=4, pgd_steps=20, pgd_step_size=0.02, queries=200, targets=3, select=5, draws=10, chunk=50
+        n=100, steps=10, eot=4, pgd_steps=20, pgd_step_size=0.02, queries=200, targets=3, select=20, draws=10, chunk=50
     ),
 }
 

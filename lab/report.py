@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from lab.audit import during_attacks, signs_of_masking
 from lab.files import save_grid, write_text
 from lab.presets import eps_text, reduced
-from lab.suite import Target, hits
-
-NO_ATTACK = ("clean", "noise")  # they count in the worst of all, but are no attack on this model
+from lab.target import Target, hits
+from lab.units import CONTROLS
 
 # Accuracies in % that the paper reports (its tables 2, 3 and 15): classifier clean, AutoAttack; CARSO rand, PGD+EoT.
 PUBLISHED = {
@@ -54,86 +53,82 @@ def resubmission(right: np.ndarray, times=(1, 10, 100)) -> dict[str, float]:
 
 
 def gather(e, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """All units of work put together: attack -> arrays over the pictures, and sums of counts."""
+    """All units of work put together: attack or headline -> arrays over the pictures, and sums of counts."""
     table = {}
     for name in names:
         files = [dict(np.load(e.file(name, start))) for start in e.starts]
-        scores = [dict(np.load(e.file(f"score-{name}", start))) for start in e.starts]
-        table[name] = {k: np.concatenate([s[k] for s in scores]) for k in ("worst", "hits", "select")}
-        table[name]["during"] = np.concatenate([f["during"] for f in files])
-        table[name]["candidates"] = len(files[0]["candidates"])
-        for count in ("pictures", "gradients", "nonfinite", "zero", "nonfinite_logits", "seconds"):
-            table[name][count] = float(sum(f[count] for f in files))
+        table[name] = {k: np.concatenate([f[k] for f in files]) for k, v in files[0].items() if v.ndim}
+        table[name] |= {k: float(sum(f[k] for f in files)) for k, v in files[0].items() if not v.ndim}
     return table
 
 
-def worst_attacks(table: dict, names: list[str]) -> np.ndarray:
-    """For each picture the attack that the selection draws found worst, as an index into names; what is reported are
-    its fresh draws. Among equals an attack, not the clean picture: few draws make many equals, which would flatter a
-    stochastic defence."""
-    return np.stack([table[name]["select"] + 1e-6 * (name in NO_ATTACK) for name in names]).argmin(0)
-
-
-def write(e, names: list[str], audited: dict, skipped: list[str]) -> dict:
-    """report.json, report.md, rows.tsv and samples.png from the units of work. Returns what report.json holds."""
-    table, n = gather(e, names), len(e.labels)
-    bare = not hasattr(e.defence, "classifier")  # then what attacks the classifier attacks the model
-    counted = [n for n in names if bare or e.attacks[n].on == "defence"]
-    chosen = worst_attacks(table, counted)
-    fresh = np.stack([table[name]["hits"] for name in counted])[chosen, np.arange(n)]
+def write(e, names: list[str], headline: str, audited: dict, skipped: list[str]) -> dict:
+    """report.json, report.md, rows.tsv and samples.png from the units of work. names: the finished attacks; headline:
+    the name of the units that chose among them. Returns what report.json holds."""
+    table, n, bare = gather(e, [*names, headline]), len(e.labels), not hasattr(e.defence, "purifier")
+    worst, (_, counted) = table.pop(headline), e.headline_of(names)
+    clean, fresh = table["clean"]["hits"], worst["hits"]
     result = {
         "checkpoint": e.config["checkpoint"],
         "dataset": e.config["dataset"],
         "n": n,
         "eps": e.eps,
         "samples": e.samples,
-        "clean": summary(table["clean"]["hits"].mean(1)) | {"resubmitted": resubmission(table["clean"]["hits"])},
+        "clean": summary(clean.mean(1)) | {"resubmitted": resubmission(clean)},
         "noise": summary(table["noise"]["hits"].mean(1)),
         "classifier": {} if bare else {"clean": summary(classifier_right(e))},
-        "attacks": {},
+        "attacks": {name: attack_summary(e, name, table[name]) for name in names if name not in CONTROLS},
         "robust": summary(fresh.mean(1))
-        | {"worst_draw": float(fresh.all(1).mean()), "resubmitted": resubmission(fresh)},
+        | {"worst_draw": float(fresh.all(1).mean()), "resubmitted": resubmission(fresh)}
+        | {"least": min(float(worst["select"].mean()), float(fresh.mean()))},
         "counted": counted,
         "skipped": skipped,
+        "deterministic": e.is_deterministic(),
         "config": e.config,
         "environment": environment(e.device),
     }
-    for name in names:
-        t = table[name]
-        if name in NO_ATTACK:
-            continue
-        result["attacks"][name] = {
-            "target": e.attacks[name].on,
-            "eps": e.eps,
-            **summary(t["hits"].mean(1)),
-            "worst_draw": float(t["hits"].all(1).mean()),
-            "during": float(t["during"].mean()),
-            "steps": {"pgd-eot": e.budget.pgd_steps, "square": e.budget.queries}.get(name, e.budget.steps),
-            "eot": 1 if e.attacks[name].on == "classifier" or name in ("fixed-noise", "transfer") else e.budget.eot,
-            "candidates": t["candidates"],
-            "nonfinite_gradients": t["nonfinite"] / max(t["gradients"], 1),
-            "zero_gradients": t["zero"] / max(t["gradients"], 1),
-            "passes_per_picture": t["pictures"] / n,
-            "seconds": t["seconds"],
-        }
-    if hasattr(e.defence, "purify"):
-        adversarial = np.stack([table[counted[k]]["worst"][i] for i, k in enumerate(chosen)])
+    if not bare:
         result["reconstructions"] = {
             "clean": reconstruction_quality(e, table["clean"]["worst"]),
-            "attacked": reconstruction_quality(e, adversarial),
+            "attacked": reconstruction_quality(e, worst["worst"]),
         }
     if "standard" in names and not bare:
         difference = fresh.mean(1) - table["standard"]["hits"].mean(1)
         result["to_classifier"] = {"difference": float(difference.mean()), "interval": bootstrap(difference)}
     messages = audited["messages"] + during_attacks(table)
-    result["audit"] = {"passed": not messages, "messages": messages, "rows": audited["rows"]}
+    result["audit"] = {"passed": not messages, "messages": messages}
+    result["audit"] |= {"notes": audited["notes"], "rows": audited["rows"]}
     result["masking"] = signs_of_masking(result)
+    missing = sorted(set(range(e.config["classes"])) - set(e.labels.tolist()))
+    result["missing_classes"] = missing
     write_text(e.folder / "report.json", json.dumps(result, indent=1))
     write_text(e.folder / "report.md", markdown(result, e))
-    worst = {k: np.stack([table[name][k] for name in counted])[chosen, np.arange(n)] for k in ("during", "select")}
-    write_text(e.folder / "rows.tsv", rows(table | {"worst": worst | {"hits": fresh}}, e))
-    draw_samples(e, table, counted, chosen)
+    write_text(e.folder / "rows.tsv", rows(table | {"worst": worst}, e))
+    draw_samples(e, worst["worst"])
     return result
+
+
+def attack_summary(e, name: str, t: dict) -> dict:
+    """What report.json says of one attack. In a cascade its accuracy is what is left of all pictures after it and the
+    earlier ones took theirs; `standing` is how many it attacked."""
+    once, attacked = e.is_deterministic(e.bare(name)), int(t["attacked"].sum())
+    return {
+        "target": e.attacks[name].on,
+        "eps": e.eps,
+        **summary(t["hits"].mean(1)),
+        "standing": attacked,
+        "worst_draw": float(t["hits"].all(1).mean()),
+        "during": float((t["during"] & t["attacked"]).mean()),
+        "steps": {"pgd-eot": e.budget.pgd_steps, "square": e.budget.queries}.get(name, e.budget.steps),
+        "eot": 1 if once or not e.attacks[name].eot else e.budget.eot,
+        "select": e.budget_for(name).select,
+        "draws": t["hits"].shape[1],
+        "candidates": round(t["candidates"] / len(e.starts)),
+        "nonfinite_gradients": t["nonfinite"] / max(t["gradients"], 1),
+        "zero_gradients": t["zero"] / max(t["gradients"], 1),
+        "passes_per_picture": t["pictures"] / max(attacked, 1),
+        "seconds": t["seconds"],
+    }
 
 
 @torch.no_grad()
@@ -178,27 +173,29 @@ def percent(part: dict) -> str:
 
 def markdown(r: dict, e) -> str:
     c, b, published = e.config, e.budget, PUBLISHED.get(r["dataset"], {})
-    shown = r["robust"]["resubmitted"]
+    scored = "the model is deterministic: one answer says everything" if r["deterministic"] else (
+        f"each the expectation over {b.draws} fresh draws of the noise after candidates raced over {b.select}, and "
+        f"the attacks' worst over {2 * b.select} more"
+    )  # fmt: skip
     lines = [
         f"# {r['dataset']}: {c['checkpoint']} at eps {eps_text(r['eps'])}, S = {r['samples']}, {r['n']} test pictures",
         "",
         ("**Reduced budget**: upper bounds, not benchmark numbers. " if reduced(b) else "The paper's budget. ")
-        + f"Accuracies in % with 95 % intervals, each the expectation over {b.draws} fresh draws of the noise after "
-        f"the worst candidate was chosen on {b.select} others. Decision: {c['aggregation']}; attacks see: {c['view']}."
+        + f"Accuracies in % with 95 % intervals; {scored}. Decision: {c['aggregation']}; attacks see: {c['view']}."
         + (" Attacks searched in bfloat16; all is scored in float32." if c["search_precision"] == "bf16" else ""),
         "",
-        "| model | attack | steps x draws | accuracy | every draw right | during the attack | published "
+        "| model | attack | steps x draws | standing | accuracy | every draw right | during the attack | published "
         "| gradients not finite / zero | passes a picture | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
-    def line(model, attack, part, **more):
-        cells = [more.get(k, "") for k in ("work", "worst", "during", "published", "shares", "passes", "seconds")]
-        work, *rest = cells
-        lines.append("| " + " | ".join([model, attack, work, percent(part), *rest]) + " |")
+    def line(model, attack, part, work="", standing="", worst="", during="", shares="", passes="", seconds=""):
+        known = str(published.get("classifier clean" if (model, attack) == ("classifier", "none") else attack, ""))
+        cells = [model, attack, work, standing, percent(part), worst, during, known, shares, passes, seconds]
+        lines.append("| " + " | ".join(cells) + " |")
 
     if r["classifier"]:
-        line("classifier", "none", r["classifier"]["clean"], published=str(published.get("classifier clean", "")))
+        line("classifier", "none", r["classifier"]["clean"])
     line("defence", "none", r["clean"])
     line("defence", "uniform noise", r["noise"])
     for name, a in r["attacks"].items():
@@ -206,59 +203,65 @@ def markdown(r: dict, e) -> str:
             a["target"],
             name,
             a,
-            work=f"{a['steps']} x {a['eot']}",
-            worst=f"{100 * a['worst_draw']:.1f}",
-            during=f"{100 * a['during']:.1f}",
-            published=str(published.get(name, "")),
-            shares=f"{100 * a['nonfinite_gradients']:.1f} / {100 * a['zero_gradients']:.1f} %",
-            passes=f"{a['passes_per_picture']:.0f}",
-            seconds=f"{a['seconds']:.0f}",
+            f"{a['steps']} x {a['eot']}",
+            str(a["standing"]),
+            f"{100 * a['worst_draw']:.1f}",
+            f"{100 * a['during']:.1f}",
+            f"{100 * a['nonfinite_gradients']:.1f} / {100 * a['zero_gradients']:.1f} %",
+            f"{a['passes_per_picture']:.0f}",
+            f"{a['seconds']:.0f}",
         )
     line("**defence**", "**worst of all**", r["robust"], worst=f"{100 * r['robust']['worst_draw']:.1f}")
+    lines.append("")
+    if c.get("cascade"):
+        lines.append("A cascade: what an attack took on every draw, the next did not attack; an accuracy is what "
+                     "is left of all pictures, standing says how many were attacked. Transfer and fixed noise ran "
+                     "before the direct attacks and cannot be compared with them: --no-cascade.\n")  # fmt: skip
+    if not r["deterministic"]:
+        low, high = 100 * r["robust"]["least"], 100 * r["robust"]["accuracy"]
+        lines.append(f"Choosing the worst by noisy answers is not perfect: in expectation the worst of all is between "
+                     f"{low:.1f} (the least score in the race) and {high:.1f} (scored anew).\n")  # fmt: skip
     for given, quality in r.get("reconstructions", {}).items():
-        text = f"Reconstructions of {given} pictures: BCE {quality['bce']:.3f} a value towards the clean picture"
-        if quality["judge"] is not None:
-            text += f"; the judge labels {100 * quality['judge']:.1f} % of them correctly"
-        lines += ["", text + "."]
-    lines += ["", "Audit passed." if r["audit"]["passed"] else "**Audit failed**: these numbers are not robustness."]
-    lines += [f"- {message}" for message in r["audit"]["messages"]]
+        judged = "" if quality["judge"] is None else (
+            f"; the judge labels {100 * quality['judge']:.1f} % of them correctly"
+        )  # fmt: skip
+        lines.append(f"Reconstructions of {given} pictures: BCE {quality['bce']:.3f} a value towards the clean picture"
+                     f"{judged}.\n")  # fmt: skip
+    if r["missing_classes"]:
+        lines.append(f"**No picture of these classes** among the {r['n']}: {r['missing_classes']}.\n")
+    lines += ["Audit passed." if r["audit"]["passed"] else "**Audit failed**: these numbers are not robustness."]
+    lines += [f"- {message}" for message in r["audit"]["messages"] + r["audit"]["notes"]]
     lines += [
         "",
-        "No sign of masked gradients in the accuracies." if not r["masking"] else "**Signs of masked gradients**:",
+        "**Signs of masked gradients**:" if r["masking"] else "No sign of masked gradients in the accuracies.",
     ]
     lines += [f"- {message}" for message in r["masking"]]
     lines += [f"\nSkipped: {name}" for name in r["skipped"]]
-    lines += [
-        "",
-        "Submitted "
-        + ", ".join(
-            f"{k} times: {100 * v:.1f} (clean {100 * r['clean']['resubmitted'][k]:.1f})" for k, v in shown.items()
-        ),
-        "",
-        f"Checkpoint sha256 {c['sha256'][:16]}, seed {c['seed']}; "
-        + ", ".join(f"{k} {v}" for k, v in r["environment"].items())
-        + ".",
-    ]
+    clean, robust = r["clean"]["resubmitted"], r["robust"]["resubmitted"]
+    again = ", ".join(f"{k} times: {100 * v:.1f} (clean {100 * clean[k]:.1f})" for k, v in robust.items())
+    where = ", ".join(f"{k} {v}" for k, v in r["environment"].items())
+    lines += ["", f"Submitted {again}", "", f"Weights {c['weights'][:16]}, seed {c['seed']}; {where}."]
     return "\n".join(lines) + "\n"
 
 
 def rows(table, e) -> str:
+    """A line for each picture and attack, and one for its worst: during (survived by the attack's own count), right of
+    so many fresh draws, the share that was right in the race (select)."""
     lines = ["picture\tlabel\tattack\tduring\tright\tdraws\tselect"]
     for name, t in table.items():
+        during = t.get("during", t["hits"].all(1))
         for i, right in enumerate(t["hits"]):
-            cells = (i, int(e.labels[i]), name, int(t["during"][i]), right.sum(), len(right), f"{t['select'][i]:.3f}")
+            cells = (i, int(e.labels[i]), name, int(during[i]), right.sum(), len(right), f"{t['select'][i]:.3f}")
             lines.append("\t".join(map(str, cells)))
     return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()
-def draw_samples(e, table, names, chosen, count: int = 8) -> None:
+def draw_samples(e, worst: np.ndarray, count: int = 8) -> None:
     """samples.png, a row a picture: clean | adversarial (the worst) | their difference, magnified | six
     reconstructions."""
-    x, _ = e.pictures(0)
-    x = x[:count]
-    worst = np.stack([table[names[chosen[i]]]["worst"][i] for i in range(len(x))])
-    adversarial = torch.from_numpy(worst).to(x)
+    x = e.pictures(0)[0][:count]
+    adversarial = torch.from_numpy(worst[: len(x)]).to(x)
     difference = 0.5 + (adversarial - x) / (2 * e.eps) if e.eps else torch.full_like(x, 0.5)
     tiles = [x, adversarial, difference.clamp(0, 1)]
     if hasattr(e.defence, "purify"):

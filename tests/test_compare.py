@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lab import compare
-from lab.report import worst_attacks
 
 
 def evaluation(folder, clean, attacks: dict, **report):
@@ -26,19 +25,9 @@ def evaluation(folder, clean, attacks: dict, **report):
 
 def test_each_picture_counts_with_the_attack_that_selection_found_worst(tmp_path):
     attacks = {"a": ([0.5, 0.1, 1.0], [4, 1, 2]), "b": ([0.2, 0.9, 1.0], [3, 0, 0])}
-    _, clean, worst = compare.read(evaluation(tmp_path / "e", [4, 4, 3], attacks))
+    _, _, clean, worst = compare.read(evaluation(tmp_path / "e", [4, 4, 3], attacks))
     assert clean.tolist() == [1, 1, 0.75]
     assert worst.tolist() == [0.75, 0.25, 0.5]  # the third: among equals an attack, not the clean picture
-
-
-def test_the_report_chooses_alike(tmp_path):
-    rng = np.random.default_rng(0)  # two selection draws, so that most pictures have equals
-    clean = rng.integers(0, 5, 200)
-    attacks = {name: (rng.integers(0, 3, 200) / 2, rng.integers(0, 5, 200)) for name in ("a", "b", "c")}
-    _, _, worst = compare.read(evaluation(tmp_path / "e", clean, attacks))
-    table = {"clean": (np.ones(200), clean)} | attacks
-    chosen = worst_attacks({name: {"select": select} for name, (select, _) in table.items()}, list(table))
-    assert (worst == np.stack([right for _, right in table.values()])[chosen, np.arange(200)] / 4).all()
 
 
 def test_pairs_and_seeds(tmp_path):

@@ -1,4 +1,4 @@
-"""What an evaluation costs, foretold (lab/plan.py) and counted; what is timed (lab/bench.py); how strong our APGD is."""
+"""What an evaluation costs, foretold (lab/plan.py) and counted; lab/bench.py; how strong our APGD is."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import evaluate
-from attacks import apgd, objective, random_point
+from attacks import apgd, objective, pgd, random_point
 from evaluate import ATTACKS
 from lab import bench, plan
 from lab.checkpoints import save_checkpoint
@@ -27,7 +27,9 @@ BUDGET = Budget(n=3, steps=4, eot=2, pgd_steps=5, queries=6, targets=2, select=2
 
 
 def evaluation(model, folder=None, eps=0.1, labels=Y, budget=BUDGET, limit=64) -> Evaluation:
-    config = dict(eps=eps, samples=getattr(model, "samples", 1), view="logsumexp", aggregation="robust", seed=0)
+    config = dict(
+        eps=eps, samples=getattr(model, "samples", 1), view="logsumexp", aggregation="robust", seed=0, classes=5
+    )
     images, config = (255 * X).to(torch.uint8), config | {"search_precision": "fp32"}
     return Evaluation(model, images, labels, config, budget, folder, "cpu", limit, ATTACKS)
 
@@ -50,7 +52,6 @@ def really_made(e: Evaluation, name: str, monkeypatch) -> Counter:
 
     monkeypatch.setattr(Target, "draws", draws)
     e.attack(name, 0)
-    e.score(name, 0)
     return calls
 
 
@@ -65,7 +66,8 @@ def test_the_plan_counts_what_attacks_do(tiny_carso, tmp_path, monkeypatch, name
         return
     planned, real = plan.count_calls(e, name, classes=5), really_made(e, name, monkeypatch)
     if name in EXACT:
-        assert real == {call: 3 * count for call, count in planned.items() if count}
+        for call, count in planned.items():
+            assert real[call] == 3 * count if call[0] else real[call] <= 3 * count, call  # a race has fewer finalists
     else:
         assert real.keys() <= planned.keys()
         assert all(count <= 3 * planned[call] + 8 for call, count in real.items())  # checks of the whole batch
@@ -129,8 +131,8 @@ def test_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     for what in (["--ckpt", "carso.pt"], ["--model", "mine.py:build", "--dataset", "digits", "--eps", "0.2"]):
         options = [*what, *small, "--attack", "all", "--plan", "--out", "planned"]
         said = here(evaluate, tmp_path, options, monkeypatch, capsys)
-        assert "4 pictures" in said and "square" in said and said.splitlines()[-2].startswith("all")
-        assert float(said.splitlines()[-2].split()[-1]) >= 0
+        assert "4 pictures" in said and "square" in said and said.splitlines()[-3].startswith("all")
+        assert float(said.splitlines()[-3].split()[-1]) >= 0
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(path)] == before
 
 
@@ -139,7 +141,14 @@ def test_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
 DIGITS = ["--preset", "digits", "--batch-size", "8", "--repeats", "1"]
 
 
-def test_bench_measures_every_part_both_ways(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """Where a processor has no bf16 instructions, 20 draws take half a minute."""
+    monkeypatch.setattr(bench, "STEPS", 2)
+    monkeypatch.setattr(bench, "DRAWS", 2)
+
+
+def test_bench_measures_every_part_both_ways(quick, tmp_path, monkeypatch, capsys):
     result = json.loads(here(bench, tmp_path, [*DIGITS, "--against", "plain", "--json"], monkeypatch, capsys))
     assert len(result["rows"]) == 7 and result["matrix_gflop_per_second"] > 0
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in result["rows"])
@@ -157,27 +166,24 @@ def test_both_ways_compute_the_same():
         assert_close(*results)
 
 
-def test_neither_way_wants_gradients_of_the_classifier():
+def test_neither_way_wants_gradients_of_the_classifier(quick):
     carso, x, y = bench.build(PRESETS["digits"], 5, (1, 32, 32), 8, "cpu")
     for way in (bench.ours, bench.plain):
-        for name, work in way(carso, x, y).items():
-            if not name.startswith("EoT"):
-                work()
+        for work in way(carso, x, y).values():
+            work()
         assert all(p.grad is None and not p.requires_grad for p in carso.classifier.parameters())
         assert not carso.training
 
 
-def test_bench_in_bf16_measures_the_attacks_only(tmp_path, monkeypatch, capsys):
+def test_bench_in_bf16_measures_the_attacks_only(quick, tmp_path, monkeypatch, capsys):
     seen, real = [], bench.measure
-    monkeypatch.setattr(bench, "EOT", "EoT")  # its 20 draws take half a minute where there are no such instructions
-    monkeypatch.setattr(bench, "ATTACKS", bench.ATTACKS[:3])
     monkeypatch.setattr(bench, "measure", lambda *args: seen.append(args[-1]) or real(*args))
     result = json.loads(here(bench, tmp_path, [*DIGITS, "--precision", "bf16", "--json"], monkeypatch, capsys))
-    assert [row["part"].split()[0] for row in result["rows"]] == ["classifier", "(a)", "(d)"]
+    assert [row["part"].split()[0] for row in result["rows"]] == ["classifier", "(a)", "(d)", "EoT"]
     assert all(row["share_of_matrix_rate"] > 0 for row in result["rows"]) and seen == [torch.bfloat16]
 
 
-def test_benchs_table_and_refusals(tmp_path, monkeypatch, capsys):
+def test_benchs_table_and_refusals(quick, tmp_path, monkeypatch, capsys):
     said = here(bench, tmp_path, DIGITS, monkeypatch, capsys).splitlines()
     assert len(said) == 9 and said[0].startswith("WRN-10-1, batch 8, S 8, cpu") and "ratio" not in said[1]
     for options, sentence in (
@@ -204,25 +210,30 @@ def test_what_the_backward_pass_keeps():
 # ---------------------------------------------------------------------------------------------------------- our APGD
 
 
-@pytest.mark.parametrize("loss", ["ce", "dlr"])
-def test_our_apgd_is_as_strong_as_autoattacks(loss):
-    """At equally many gradients, over three seeds: the loss that is reached, and the pictures that are left."""
+@pytest.mark.parametrize("loss, eps", [("ce", 0.1), ("dlr", 0.01)])
+def test_our_apgd_is_as_strong_as_autoattacks(loss, eps):
+    """At equally many gradients, over three seeds, on a network that is far from linear: plain PGD is weaker."""
     from pyautoattack.autopgd_base import APGDAttack
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 16, 5, 2), nn.SiLU(), nn.Conv2d(16, 16, 3, 2), nn.SiLU(), nn.Flatten(),
-                          nn.Linear(16 * 6 * 6, 5)).requires_grad_(False)  # fmt: skip
-    model[-1].weight *= 30
-    x, eps, steps = torch.rand(40, 1, 28, 28), 0.06, 30
+    model = nn.Sequential(nn.Conv2d(1, 16, 5, 2), nn.SiLU(), nn.Conv2d(16, 16, 3, 2), nn.SiLU(),
+                          nn.Conv2d(16, 5, 5), nn.Flatten()).requires_grad_(False)  # fmt: skip
+    for layer in model[0:5:2]:
+        layer.weight.mul_(4)
+    x, steps, reached, left = torch.rand(40, 1, 28, 28), 20, Counter(), Counter()
     y = model(x).argmax(1)
-    climb, reached, left = objective(model, y, loss), Counter(), Counter()
+    climb = objective(model, y, loss)
     for seed in range(3):
         settings = dict(eps=eps, norm="Linf", seed=seed, device="cpu", logger=logging.getLogger("auto-attack"))
         theirs = APGDAttack(model, n_restarts=1, n_iter=steps, eot_iter=1, rho=0.75, loss=loss, **settings)
         torch.manual_seed(seed)
-        mine, _ = apgd(climb, x, eps, steps, random_point(x, eps))
-        for name, found in (("theirs", theirs.perturb(x, y, best_loss=True)), ("ours", mine)):
-            reached[name] += climb(found)[0].sum().item()
-            left[name] += (model(found).argmax(1) == y).sum().item()
-    print(reached, left)
-    assert 0 < left["theirs"] < 120 and left["ours"] <= left["theirs"] + 3
+        found = {
+            "theirs": theirs.perturb(x, y, best_loss=True),
+            "ours": apgd(climb, x, eps, steps, random_point(x, eps))[0],
+            "pgd": pgd(model, x, y, eps, steps, 2.5 * eps / steps, loss=loss),
+        }
+        for name, adversarial in found.items():
+            reached[name] += climb(adversarial)[0].sum().item()
+            left[name] += (model(adversarial).argmax(1) == y).sum().item()
+    assert reached["pgd"] < 0.997 * reached["theirs"] < reached["ours"]
+    assert left["ours"] <= left["theirs"] + 1
