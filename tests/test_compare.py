@@ -54,3 +54,39 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["compare.py", *folders])
         assert compare.main() == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_labels_that_differ_are_refused_and_unlike_budgets_are_named(tmp_path):
+    attack = {"a": ([0], [0])}
+    one = evaluation(tmp_path / "one", [4], attack, config={"steps": 10, "eot": 1, "select": 3, "draws": 4})
+    two = evaluation(tmp_path / "two", [4], attack, config={"steps": 20, "eot": 1, "select": 3, "draws": 4})
+    found = compare.warnings(compare.compare([[one], [two]]))
+    assert found == ["two: steps 20, but 10 for one", "two: 3 draws choose the worst candidate: too few"]
+    rows = (tmp_path / "two" / "rows.tsv").read_text().replace("0\t0\t", "0\t1\t")
+    (tmp_path / "two" / "rows.tsv").write_text(rows)
+    with pytest.raises(ValueError, match="other pictures: their labels differ"):
+        compare.compare([[one], [two]])
+
+
+def test_a_choice_too_noisy_for_the_difference_is_named(tmp_path):
+    attacks = {"a": (np.zeros(2), [4, 2])}
+    one = evaluation(tmp_path / "one", [4, 4], {"a": (np.zeros(2), [4, 1])}, deterministic=True)
+    two = evaluation(tmp_path / "two", [4, 4], attacks, robust={"accuracy": 0.75, "least": 0.5})
+    assert "may flatter by up to 25.0 points" in compare.warnings(compare.compare([[one], [two]]))[0]
+
+
+def test_the_interval_covers_the_choice_of_seeds(tmp_path):
+    rng, n = np.random.default_rng(1), 300
+    difference = rng.normal(0, 0.1, (3, n)) + np.array([[-0.3], [0.0], [0.3]])  # seeds that differ much
+    low, high = compare.interval(difference)
+    assert low < -0.1 and high > 0.1
+    low, high = compare.interval(difference - difference.mean(1, keepdims=True))
+    assert -0.02 < low < 0 < high < 0.02
+
+
+@pytest.mark.parametrize("damage", ["", "picture\tlabel\n0\t0\n", "nonsense"])
+def test_damaged_rows_get_a_sentence(tmp_path, damage, monkeypatch, capsys):
+    one = evaluation(tmp_path / "one", [4], {"a": ([0], [0])})
+    (tmp_path / "one" / "rows.tsv").write_text(damage)
+    monkeypatch.setattr(sys, "argv", ["compare", one])
+    assert compare.main() == 2 and "rows.tsv" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from lab.audit import audit
 from lab.checkpoints import load_checkpoint, save_checkpoint
 from lab.presets import Budget
 from lab.race import least, lost, race
+from lab.report import in_words
 from lab.suite import Attack, alone
 from lab.target import Target, climb, hits
 from lab.units import Evaluation
@@ -412,3 +413,24 @@ def test_a_cascade_finds_the_same_headline_with_less_work(tmp_path):
 def test_a_class_that_no_picture_has_is_named(folder, monkeypatch, capsys):
     options = ["--ckpt", "carso.pt", *TINY, "--pictures", "3", "--out", "few", "--attack", "noise"]
     assert "**No picture of these classes** among the 3: [3, 4" in here(evaluate, folder, options, monkeypatch, capsys)
+
+
+# ------------------------------------------------------------------------------------------------------- in words
+
+
+def test_the_last_lines_say_what_the_table_means():
+    result = {
+        "audit": {"passed": True}, "n": 100, "config": {"own_answer": 0.0}, "robust": {"accuracy": 0.02},
+        "to_classifier": {"difference": -0.7, "interval": [-0.8, -0.6]},
+        "attacks": {"standard": {"accuracy": 0.72}, "rand": {"accuracy": 0.02}},
+    }  # fmt: skip
+    said = in_words(result)
+    assert (
+        "keeps 2.0 % of these 100 pictures" in said
+        and "less robust than that, by -70.0 points (-80.0 to -60.0)" in said
+    )
+    assert "--objective end-to-end" in said and "--attack all" in said
+    better = result | {"to_classifier": {"difference": 0.1, "interval": [0.02, 0.2]}}
+    assert "is more robust" in in_words(better) and "end-to-end" not in in_words(better)
+    assert "neither more nor less" in in_words(result | {"to_classifier": {"difference": 0.0, "interval": [-0.1, 0.1]}})
+    assert "say nothing about robustness" in in_words(result | {"audit": {"passed": False}})

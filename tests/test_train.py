@@ -308,6 +308,16 @@ def test_stage_one_goes_on_from_given_weights(folder, monkeypatch, capsys):
         assert torch.equal(old, after[key]) != ("running" in key or "tracked" in key), key
 
 
+def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, monkeypatch, capsys):
+    options = ["--dataset", "tiny.npz", *TINY, "--name", "stages"]
+    output = here(train, folder, [*options, "--stage", "classifier"], monkeypatch, capsys)
+    assert {path.name for path in (folder / "runs" / "stages").iterdir()} >= {"classifier.pt", "config.json"}
+    assert not (folder / "runs" / "stages" / "carso.pt").exists()
+    assert "evaluate.py --ckpt runs/stages/classifier.pt --dataset tiny.npz --eps 0.2" in output
+    here(train, folder, options, monkeypatch, capsys)
+    same_weights(folder, "whole", "stages", rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
@@ -316,7 +326,7 @@ def test_stage_one_goes_on_from_given_weights(folder, monkeypatch, capsys):
         (["--eps", "8"], "write 8/255"),
         (["--eps", "eight"], "'eight' is not a number such as 8/255"),
         (["--fraction", "1.5"], "not a share between 0 and 1"),
-        (["--batch-size", "1"], "leaves a batch of 1"),
+        (["--batch-size", "1"], "--batch-size 1 must be 2 or more"),
         (["--own-answer", "1"], "not a share of at least 0 and less than 1"),
         (["--epochs", "0"], "must be 1 or more"),
         (["--classifier", "nothing.pt"], "no file nothing.pt"),
