@@ -38,7 +38,7 @@ from lab.files import check_config
 from lab.presets import BUDGETS, Budget, add_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
 from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found
-from lab.target import AGGREGATIONS, VIEWS, Target, climb
+from lab.target import AGGREGATIONS, VIEWS, Target, climb, differentiable
 from lab.units import UNITS, Evaluation
 
 # ------------------------------------------------------------------------------------ the paper's attacks, section 5.1
@@ -134,7 +134,10 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
         model = load_classifier(source, classes)
     if hasattr(model, "purifier"):
         check_fits(model, source, data.name, shape, classes, state.get("classes"), data.classes)
-    return model.requires_grad_(False).to(args.device), state, data, source
+    model = model.requires_grad_(False).to(args.device)
+    if not hasattr(model, "purifier"):
+        model = differentiable(model, datasets.pixels(data.test_images[:1].to(args.device)))
+    return model, state, data, source
 
 
 def prepare(args) -> tuple[Evaluation, list[str], list[str]]:

@@ -195,6 +195,29 @@ def deterministic(target: Target, x: torch.Tensor) -> bool:
     return torch.equal(target(x), target(x))
 
 
+class OutsideAutograd(nn.Module):
+    """A model that PyTorch cannot differentiate (numpy inside, say): the same answers with a gradient of zero, so that
+    the audit can say so, and attacks that need none can run."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits = self.model(x.detach())
+        return logits + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def differentiable(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The model, or what stands in for it where a forward pass for a gradient in x (B, C, H, W) fails."""
+    try:
+        model(x.clone().requires_grad_())
+        return model
+    except RuntimeError:
+        return OutsideAutograd(model)
+
+
 @contextlib.contextmanager
 def full_precision():
     """float32 as it is: without TensorFloat-32, which some GPUs otherwise use for convolutions."""

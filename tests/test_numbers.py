@@ -248,6 +248,17 @@ def test_a_model_that_float64_does_not_fit_is_audited_all_the_same(tiny_carso):
     assert found["passed"] and "could not be tried" in found["notes"][0], found
 
 
+def test_a_model_outside_autograd_is_evaluated_and_fails_the_audit(folder, monkeypatch, capsys):
+    (folder / "outside.py").write_text(
+        "import numpy as np, torch\n\nclass Outside(torch.nn.Module):\n    def forward(self, x):\n"
+        "        means = x.numpy().reshape(len(x), 16, -1)[:, :10].mean(2)\n        return torch.from_numpy(means)\n\n"
+        "def build():\n    return Outside()\n"
+    )
+    options = ["--model", "outside.py:build", "--dataset", "d.npz", *TINY, "--pictures", "3", "--out", "outside"]
+    output = here(evaluate, folder, [*options, "--attack", "rand", "square"], monkeypatch, capsys, code=3)
+    assert "exactly zero" in output and "square" in output
+
+
 def test_the_audit_looks_at_every_class(tiny_carso):
     e = evaluation(tiny_carso, n=40)
     e.labels = torch.arange(40) // 8
