@@ -280,7 +280,7 @@ def in_words(r: dict) -> str:
         what = "more" if low > 0 else "less" if high < 0 else "neither more nor less"
         sentences.append(
             f"CARSO keeps {100 * r['robust']['accuracy']:.1f} % of these {r['n']} pictures under its worst attack, its "
-            f"own classifier {100 * r['attacks']['standard']['accuracy']:.1f} %: it is {what} robust than that, by "
+            f"own classifier {100 * r['attacks']['standard']['accuracy']:.1f} %: it is {what} robust than that: "
             f"{100 * versus['difference']:+.1f} points ({low:+.1f} to {high:+.1f})."
         )
         if low <= 0 and not r["config"]["own_answer"]:
