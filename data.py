@@ -239,9 +239,11 @@ def _labels(labels, what: str) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim > 1 and math.prod(labels.shape[1:]) > 1:
         raise ValueError(f"{what} has several labels a picture, {labels.shape}; CARSO needs exactly one class each")
+    if labels.dtype.kind == "b":
+        labels = labels.astype(np.int64)
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "replace")
-    if labels.dtype.kind in "biu" and 0 <= labels.min(initial=0) and labels.max(initial=0) < 2**63:
+    if labels.dtype.kind in "iu" and 0 <= labels.min(initial=0) and labels.max(initial=0) < 2**63:
         labels = labels.astype(np.int64)
     elif labels.dtype.kind != "U":
         raise ValueError(f"{what} must be whole numbers from 0 on, or names, one a picture (they are {labels.dtype})")
