@@ -47,7 +47,7 @@ def test_no_circle_and_scripts_are_leaves():
         done |= ready
     for name in FILES.keys() - {"lab.bench"}:
         assert not imports(name) & {"train", "evaluate"}, name
-    for leaf in ("lab.compare", "lab.plot", "lab.bench"):
+    for leaf in ("lab.compare", "lab.plot", "lab.bench", "lab.torture"):
         assert not any(leaf in imports(name) for name in FILES), leaf
 
 
