@@ -28,6 +28,8 @@ def launched() -> tuple[int, int]:
 
 def usable(device: str | None) -> None:
     """ValueError if nothing can be computed on this device here; None is left to the caller."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # its own, or every process would take memory of the first
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=device or "cpu").add(1)
     except Exception as error:  # torch raises anything, from AssertionError to NotImplementedError
