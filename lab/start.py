@@ -33,5 +33,5 @@ def usable(device: str | None) -> None:
     try:
         torch.empty(1, device=device or "cpu").add(1)
     except Exception as error:  # torch raises anything, from AssertionError to NotImplementedError
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here ({reason}); leave it out") from None
