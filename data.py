@@ -3,28 +3,27 @@
     data = load("digits")                     # embedded in assets/digits.npz, nothing to download
     data = load("cifar10", "data")            # also cifar100, tinyimagenet: downloaded once, checksums verified
     data = load("mine.npz")                   # MedMNIST's keys
-    data = load("pictures/")                  # train/CLASS/*, test/CLASS/* (or val/CLASS/*)
-    data = load("tiny-imagenet-200.zip")      # a zip in Tiny ImageNet's layout that you already have
+    data = load("pictures/")                  # train/CLASS/**, test/CLASS/** (or val/CLASS/**)
+    data = load("tiny-imagenet-200.zip")      # Tiny ImageNet that you already have, as a zip or unpacked
     for indices in batches(len(data.train_labels), 128, seed=0, epoch=3):
         x = pixels(data.train_images[indices])          # (B, C, H, W) in [0, 1]
 
 Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, and `note` says so.
+What makes no sense is refused with a ValueError that names the file: here, and in lab/pictures.py for picture files.
 """
 
 import hashlib
-import io
+import json
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from lab.files import download, md5, write_npz
+from lab.pictures import is_tinyimagenet, read_folder, read_tinyimagenet, side
 
 NORMALISATION = {  # mean and standard deviation of the training pixels (paper, section 5.1)
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -35,7 +34,6 @@ NAMES = ("digits", *NORMALISATION)
 
 TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINYIMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
 @dataclass
@@ -45,6 +43,7 @@ class Dataset:
     train_labels: torch.Tensor  # (N,) int64
     test_images: torch.Tensor
     test_labels: torch.Tensor
+    test_numbers: torch.Tensor  # (N,) int64: which picture of the source's test split each is
     classes: list[str]
     mean: tuple[float, ...]  #    of the training pixels in [0, 1], a number a channel
     std: tuple[float, ...]
@@ -84,11 +83,14 @@ def augment(x: torch.Tensor, draws: torch.Tensor, mirror: bool = True, padding: 
 
 
 def fingerprint(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> str:
-    """Of pictures (N, C, H, W), their labels (N,) and the classes' names, as hexadecimal digits."""
-    digest = hashlib.blake2b(repr((tuple(images.shape), list(classes))).encode(), digest_size=16)
+    """A hash of pictures, their labels and the names of the classes: the same exactly where all of these are.
+
+    images (N, C, H, W) uint8, labels (N,) int64 -> blake2b of 16 bytes, in hexadecimal."""
+    sizes = json.dumps([list(images.shape), list(labels.shape), list(classes)])
+    found = hashlib.blake2b(sizes.encode(), digest_size=16)
     for tensor in (images, labels):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(tensor.cpu().contiguous().numpy().data)
+    return found.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -111,11 +113,12 @@ def load(name_or_path, data_dir="data") -> Dataset:
         return _tinyimagenet(archive, data_dir)
     if path.is_dir():
         return _folder(path)
-    if path.suffix == ".npz" and path.is_file():
+    suffix = path.suffix.lower()
+    if suffix == ".npz" and path.is_file():
         return _npz(path)
-    if path.suffix == ".zip" and path.is_file():
+    if suffix == ".zip" and path.is_file():
         return _tinyimagenet(path, data_dir)
-    what = "there is no file" if path.suffix in (".npz", ".zip") or len(path.parts) > 1 else "there is no data set"
+    what = "there is no file" if suffix in (".npz", ".zip") or len(path.parts) > 1 else "there is no data set"
     raise ValueError(
         f"{what} {name}; known are {', '.join(NAMES)}, or the path of an .npz, a folder, a Tiny ImageNet zip"
     )
@@ -150,153 +153,147 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
 
 
 def _tinyimagenet(archive: Path, data_dir: Path) -> Dataset:
-    """The official zip: train/WNID/images/*.JPEG, and val/images/* whose classes stand in val_annotations.txt. Its val
-    split serves as test (the test split has no labels). Decoded once, then kept as arrays in data_dir."""
+    """The official zip, decoded once, then kept as arrays in data_dir."""
     cache = data_dir / f"tiny-imagenet-{md5(archive)[:12]}.npz"
     if not cache.is_file():
-        try:
-            with zipfile.ZipFile(archive) as file:
-                arrays = _decode_tinyimagenet(file)
-        except (zipfile.BadZipFile, KeyError, UnidentifiedImageError) as error:
-            raise ValueError(f"{archive} is not a zip in Tiny ImageNet's layout ({error})") from None
-        write_npz(cache, **arrays)
-    with np.load(cache) as file:
-        arrays = dict(file)
+        write_npz(cache, **read_tinyimagenet(archive))
+    arrays = _read_npz(cache, ["classes", *KEYS])
     return _dataset("tinyimagenet", arrays, arrays["classes"].tolist())
 
 
-def _decode_tinyimagenet(file: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    root = "tiny-imagenet-200"
-    classes = sorted(file.read(f"{root}/wnids.txt").decode().split())  # the order of the published classifiers
-    label = {wnid: k for k, wnid in enumerate(classes)}
-    annotations = [line.split("\t") for line in file.read(f"{root}/val/val_annotations.txt").decode().splitlines()]
-    listed = {
-        "train": [
-            (name, label[name.split("/")[2]])
-            for name in sorted(file.namelist())
-            if name.startswith(f"{root}/train/") and name.lower().endswith(".jpeg")
-        ],
-        "test": [(f"{root}/val/images/{fields[0]}", label[fields[1]]) for fields in annotations if len(fields) > 1],
-    }
-    arrays = {"classes": np.array(classes)}
-    for split, pictures in listed.items():
-        progress = tqdm(pictures, f"decoding {split}", disable=None)
-        images = [np.asarray(Image.open(io.BytesIO(file.read(name))).convert("RGB")) for name, _ in progress]
-        arrays[f"{split}_images"] = np.stack(images)
-        arrays[f"{split}_labels"] = np.array([k for _, k in pictures])
-    return arrays
+def _folder(path: Path) -> Dataset:
+    for root in (path, path / "tiny-imagenet-200"):
+        if is_tinyimagenet(root):
+            arrays = read_tinyimagenet(root)
+            return _dataset("tinyimagenet", arrays, arrays["classes"].tolist())
+    return _dataset(str(path), *read_folder(path))
+
+
+KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def _npz(path: Path) -> Dataset:
     """MedMNIST's keys: {train,test}_images uint8 (N, H, W) or (N, H, W, C), {train,test}_labels (N,) or (N, 1). Where
-    there is no test split, val serves."""
+    there is no test split, val serves. Whatever else is in the file is not looked at."""
+    return _dataset(str(path), _read_npz(path, KEYS))
+
+
+def _read_npz(path: Path, keys) -> dict[str, np.ndarray]:
+    """These arrays of an .npz, and no others, which may be of any kind. Nothing is ever unpickled."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an .npz of plain arrays ({error})") from None
-    if "test_images" not in arrays:
-        arrays |= {f"test_{kind}": arrays[f"val_{kind}"] for kind in ("images", "labels") if f"val_{kind}" in arrays}
-    if missing := [k for s in ("train", "test") for k in (f"{s}_images", f"{s}_labels") if k not in arrays]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
-    classes = max(int(np.max(arrays[f"{split}_labels"], initial=0)) for split in ("train", "test")) + 1
-    return _dataset(str(path), arrays, [str(k) for k in range(classes)])
-
-
-def _folder(path: Path) -> Dataset:
-    """train/CLASS/* and test/CLASS/* (or val/CLASS/*), any format that Pillow reads. Sizes may differ: every picture is
-    resized as the first training picture asks for; one colour picture makes the whole set colour."""
-    splits = {"train": path / "train", "test": path / "test" if (path / "test").is_dir() else path / "val"}
-    classes = sorted(f.name for f in splits["train"].iterdir() if f.is_dir()) if splits["train"].is_dir() else []
-    if not classes or not splits["test"].is_dir():
-        raise ValueError(f"{path} should hold train/CLASS/* and test/CLASS/* (or val/CLASS/*) with pictures")
-    files = {
-        split: [
-            (file, k)
-            for k, name in enumerate(classes)
-            for file in sorted((folder / name).glob("*"))
-            if file.suffix.lower() in PICTURE_SUFFIXES
-        ]
-        for split, folder in splits.items()
-    }
-    pictures, size = {}, None
-    for split in splits:
-        pictures[split] = []
-        for file, _ in tqdm(files[split], f"reading {split}", disable=None):
-            try:
-                picture = Image.open(file)
-                size = size or _side(picture.height, picture.width, path)
-                picture = picture if picture.mode in ("1", "L") else picture.convert("RGB")
-                if picture.size != (size, size):
-                    picture = picture.convert("L" if picture.mode == "1" else picture.mode)
-                    picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-            except (UnidentifiedImageError, OSError) as error:
-                raise ValueError(f"{file} is not a picture that can be read ({error})") from None
-            pictures[split].append(picture)
-        if not pictures[split]:
-            raise ValueError(f"{splits[split]} has no pictures in the folders {', '.join(classes[:5])}")
-    mode = "RGB" if any(p.mode == "RGB" for part in pictures.values() for p in part) else "L"
-    arrays = {
-        f"{split}_images": np.stack([np.asarray(p.convert(mode)) for p in part]) for split, part in pictures.items()
-    }
-    arrays |= {f"{split}_labels": np.array([k for _, k in part]) for split, part in files.items()}
-    dataset = _dataset(str(path), arrays, classes)
-    dataset.note = f"every picture of {path} is used at {size}x{size}"
-    return dataset
+            there = {key: key for key in file.files}
+            if "test_images" not in there:
+                there |= {key: key.replace("test", "val") for key in keys if key.replace("test", "val") in there}
+            if missing := [key for key in keys if key not in there]:
+                raise LookupError(f"it lacks {', '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")
+            arrays = {key: file[there[key]] for key in keys}
+            if strange := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise LookupError(f"{', '.join(strange)} is no array")
+            return arrays
+    except Exception as error:  # an .npy under this name, a broken zip, objects: numpy raises anything
+        raise ValueError(f"{path} is not an .npz of plain arrays with MedMNIST's keys, or not whole: {error}") from None
 
 
 # --------------------------------------------------------------------------- from arrays to a checked data set
 
 
-def _dataset(name: str, arrays: dict, classes: list[str]) -> Dataset:
-    parts, note = {}, ""
+def _dataset(name: str, arrays: dict, classes: list[str] | None = None, notes=()) -> Dataset:
+    """arrays: KEYS; images as uint8 tensors (N, C, H, W), or whatever _to_uint8 takes; labels are indices into classes,
+    or, where there are none, whatever _number takes."""
+    parts, notes = {}, list(notes)
     for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], torch.as_tensor(np.asarray(arrays[f"{split}_labels"]))
-        if labels.ndim > 1:
-            if labels[0].numel() != 1:
-                raise ValueError(f"{name} has several labels a picture; CARSO needs exactly one class each")
-            labels = labels.flatten()
+        images, labels = arrays[f"{split}_images"], _labels(arrays[f"{split}_labels"], f"{name}: {split}_labels")
         images = images if isinstance(images, torch.Tensor) else _to_uint8(images, f"{name}: {split}_images")
         if len(images) != len(labels) or len(labels) == 0:
             raise ValueError(f"{name} has {len(images)} {split} pictures and {len(labels)} labels")
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= len(classes):
-            raise ValueError(f"{name}: {split} labels must be whole numbers from 0 to {len(classes) - 1}")
-        height, width = images.shape[-2:]
-        side = _side(height, width, name)
-        if (height, width) != (side, side):
-            note = f"the pictures of {name} are resized from {height}x{width} to {side}x{side}"
-            images = torch.cat([_resize(part, side) for part in images.split(4096)])
-        parts[split] = images.contiguous(), labels.long()
-    (train_images, train_labels), (test_images, test_labels) = parts["train"], parts["test"]
-    if train_images.shape[1:] != test_images.shape[1:]:
+        found = tuple(images.shape[-2:])
+        size = side(*found, name)
+        if found != (size, size):
+            notes.append(f"the {split} pictures of {name} are resized from {found[0]}x{found[1]} to {size}x{size}")
+            images = torch.cat([_resize(part, size) for part in images.split(4096)])
+        parts[split] = [images.contiguous(), labels]
+    if parts["train"][0].shape[1:] != parts["test"][0].shape[1:]:
         raise ValueError(f"{name}: training and test pictures have different shapes")
+    if classes is None:
+        classes = _number(name, parts, notes)
+    if len(classes) < 2:
+        raise ValueError(f"{name} has training pictures of one class only; a classifier needs two or more")
+    (train_images, train_labels), (test_images, test_labels) = (
+        (images, torch.from_numpy(labels)) for images, labels in parts.values()
+    )
+    if max(train_labels.max(), test_labels.max()) >= len(classes):
+        raise ValueError(f"{name}: labels must be whole numbers from 0 to {len(classes) - 1}")
+    numbers = torch.arange(len(test_labels))
+    if name not in NAMES and _in_order_of_classes(test_labels):  # or the first n pictures would be of one class
+        notes.append("the test pictures, which come in the order of their classes, are shuffled")
+        numbers = torch.randperm(len(test_labels), generator=torch.Generator().manual_seed(0))
+        test_images, test_labels = test_images[numbers], test_labels[numbers]
     mean, std = NORMALISATION.get(name) or _mean_and_std(train_images)
-    return Dataset(name, train_images, train_labels, test_images, test_labels, list(classes), mean, std, note)
+    tensors = train_images, train_labels, test_images, test_labels, numbers
+    return Dataset(name, *tensors, list(classes), mean, std, "; ".join(notes))
 
 
-def _to_uint8(images: np.ndarray, what: str) -> torch.Tensor:
+def _labels(labels, what: str) -> np.ndarray:
+    """(N,), or (N, 1) as MedMNIST has it, whole numbers or strings -> (N,)."""
+    labels = np.asarray(labels)
+    if labels.ndim > 1 and math.prod(labels.shape[1:]) > 1:
+        raise ValueError(f"{what} has several labels a picture, {labels.shape}; CARSO needs exactly one class each")
+    if labels.dtype.kind == "b":
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind in "iu" and 0 <= labels.min(initial=0) and labels.max(initial=0) < 2**63:
+        labels = labels.astype(np.int64)
+    elif labels.dtype.kind != "U":
+        raise ValueError(f"{what} must be whole numbers from 0 on, or names, one a picture (they are {labels.dtype})")
+    return labels.ravel()
+
+
+def _number(name: str, parts: dict, notes: list[str]) -> list[str]:
+    """Classes are the labels that the training pictures have, in order: their names. In `parts` each label becomes its
+    class's index."""
+    (_, labels), (_, tested) = parts["train"], parts["test"]
+    if labels.dtype.kind != tested.dtype.kind:
+        raise ValueError(f"{name}: train_labels are {labels.dtype}, and test_labels {tested.dtype}")
+    values, tested = np.unique(labels), np.unique(tested)
+    if len(unknown := np.setdiff1d(tested, values)):
+        raise ValueError(f"{name} has test pictures of classes without training pictures: {_some(unknown)}")
+    if len(untested := np.setdiff1d(values, tested)):
+        notes.append(f"there are no test pictures of {_some(untested)}")
+    if labels.dtype.kind == "i" and values[-1] != len(values) - 1:
+        notes.append(f"the labels of {name}, {_some(values)}, are taken as classes 0 to {len(values) - 1}")
+    for part in parts.values():
+        part[1] = np.searchsorted(values, part[1])
+    return [str(value) for value in values.tolist()]
+
+
+def _some(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:5].tolist())) + (", ..." if len(values) > 5 else "")
+
+
+def _in_order_of_classes(labels: torch.Tensor) -> bool:
+    """Do the pictures of each class follow each other?"""
+    return int((labels[1:] != labels[:-1]).sum()) == len(labels.unique()) - 1 and len(labels) > 1
+
+
+def _to_uint8(images, what: str) -> torch.Tensor:
     """(N, H, W) or (N, H, W, C) -> (N, C, H, W) uint8. Floats in [0, 1] are taken as pixels."""
+    images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"{what} should have shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), not {images.shape}")
-    if images.dtype.kind == "f":
+    if images.dtype.kind == "f" and images.size:
         if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
             raise ValueError(
                 f"{what} are floats outside [0, 1] ({images.min():.3g} to {images.max():.3g}); give raw pixels, "
                 "not normalised ones"
             )
-        images = np.rint(images * 255).astype(np.uint8)
+        images = np.rint(images.astype(np.float64) * 255).astype(np.uint8)
     if images.dtype != np.uint8:
         raise ValueError(f"{what} should be uint8 pixels, not {images.dtype}")
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-
-
-def _side(height: int, width: int, name) -> int:
-    """32 or 64, the nearer; refused where resizing would leave nothing of the picture."""
-    if min(height, width) < 8 or max(height, width) > 2 * min(height, width):
-        raise ValueError(f"{name} has pictures of {height}x{width}; they should be roughly square, 8 pixels or more")
-    return 32 if max(height, width) <= 48 else 64
 
 
 def _resize(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -32,11 +32,13 @@ from torch import nn
 import data as datasets
 from attacks import ascend, project
 from lab import audit, plan, report
-from lab.checkpoints import check_fits, fingerprint_of, is_checkpoint, load_checkpoint, load_function, load_published
+from lab.checkpoints import check_fits, fingerprint_of, is_checkpoint, load_checkpoint, load_published
 from lab.checkpoints import load_published_classifier as load_classifier
 from lab.files import check_config
+from lab.foreign import check_answers, load_function
 from lab.presets import BUDGETS, Budget, add_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
+from lab.start import launched, usable
 from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, differentiable
 from lab.units import UNITS, Evaluation
@@ -124,7 +126,7 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
         model = CONTROLS[args.control](model) if args.control else model
     elif args.model:
         model = load_function(args.model)
-    if args.dataset is None and not whole:
+    if args.dataset is None and "dataset" not in state:
         raise ValueError(f"{source} does not say which data it is for: add --dataset")
     data = datasets.load(args.dataset or state["dataset"], args.data_dir or state.get("data_dir", "data"))
     shape, classes = tuple(data.test_images.shape[1:]), len(data.classes)
@@ -132,9 +134,10 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
         model, source = load_published(source, classes, shape), next(source.glob("*decoder.safetensors"))
     elif args.ckpt and not whole:
         model = load_classifier(source, classes)
-    if hasattr(model, "purifier"):
+    if (args.published or whole) and hasattr(model, "purifier"):
         check_fits(model, source, data.name, shape, classes, state.get("classes"), data.classes)
     model = model.requires_grad_(False).to(args.device)
+    check_answers(model, args.model or source, data.test_images, classes, args.device)
     if not hasattr(model, "purifier"):
         model = differentiable(model, datasets.pixels(data.test_images[:1].to(args.device)))
     return model, state, data, source
@@ -142,6 +145,7 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
 
 def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     """Everything that can be refused is refused here, with ValueError or OSError."""
+    usable(args.device)
     if args.control and not args.ckpt:
         raise ValueError("--control needs --ckpt")
     model, state, data, source = load_model(args)
@@ -150,9 +154,10 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         if not hasattr(model, "purify"):
             raise ValueError("--judge looks at reconstructions, and this model makes none")
         judge = load_classifier(args.judge, len(data.classes)).to(args.device)
+        check_answers(judge, args.judge, data.test_images, len(data.classes), args.device)
     budget = overridden(BUDGETS[args.budget or ("reduced" if data.name == "digits" else "paper")], args)
     budget = dataclasses.replace(budget, n=min(budget.n, len(data.test_labels)))
-    eps = args.eps if args.eps is not None else state.get("config", {}).get("eps", 8 / 255)
+    eps = args.eps if args.eps is not None else (state.get("config") or {}).get("eps", 8 / 255)
     samples = getattr(model, "samples", 1) if args.samples is None else args.samples
     if samples < 1 or args.limit < 1:
         raise ValueError("--samples and --limit must be 1 or more")
@@ -192,7 +197,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     )
     check_config(folder / "config.json", config, "--out", write=not args.plan)
     e = Evaluation(model, images, labels, config, budget, folder, args.device, args.limit, ATTACKS)
-    e.judge = judge
+    e.judge, e.note = judge, data.note
     return e, [n for n in names if n not in skipped], [f"{n} (the model has no {ATTACKS[n].needs})" for n in skipped]
 
 
@@ -229,42 +234,52 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> int:
-    args = parse_arguments()
-    keep_freed_memory()
-    rank = int(os.environ.get("RANK", 0))
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+def evaluate(args: argparse.Namespace) -> int:
+    """The exit status: 0, 2 for what is refused, 3 if the audit failed."""
     try:
+        rank, _ = launched()
+        if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
         e, names, skipped = prepare(args)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    if e.note and rank == 0:
+        print(e.note, flush=True)
     if args.plan:
         print(plan.text(e.patiently(lambda: plan.plan(e, names, e.one_call)), e))
         return 0
-    try:
-        audited = e.patiently(lambda: audit.audit(e)) if rank == 0 else None
-        for message in audited["messages"] if audited else ():
-            print(f"audit: {message}", file=sys.stderr, flush=True)
-        if args.sweep:
-            audit.sweep(e, args.sweep, loud=rank == 0)
-            return 0 if rank or audited["passed"] else 3
-        e.run(names, loud=rank == 0)
-        names = e.finished()  # also those of earlier commands: the worst counts over all
-        headline, counted = e.headline_of(names)
-        e.run([headline], loud=rank == 0, over=counted)
-        if rank > 0:
-            return 0
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last finished chunk", file=sys.stderr)
-        return 130
+    audited = e.patiently(lambda: audit.audit(e)) if rank == 0 else None
+    for message in audited["messages"] if audited else ():
+        print(f"audit: {message}", file=sys.stderr, flush=True)
+    if args.sweep:
+        audit.sweep(e, args.sweep, loud=rank == 0)
+        return 0 if rank or audited["passed"] else 3
+    e.run(names, loud=rank == 0)
+    names = e.finished()  # also those of earlier commands: the worst counts over all
+    headline, counted = e.headline_of(names)
+    e.run([headline], loud=rank == 0, over=counted)
+    if rank > 0:
+        return 0
     result = report.write(e, names, headline, audited, skipped)
     print((e.folder / "report.md").read_text())
     print(report.in_words(result))
     print(f"written to {e.folder}")
     return 0 if result["audit"]["passed"] else 3
+
+
+def main() -> int:
+    args = parse_arguments()
+    keep_freed_memory()
+    try:
+        return evaluate(args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last finished chunk", file=sys.stderr)
+        return 130
+    except OSError as error:  # a full disk, say
+        print(f"evaluate.py: {error}; the same command goes on from the last finished chunk", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from lab.presets import PAPER, PRESETS, Preset, add_options, choose_preset
 from lab.ranks import keep_freed_memory, start_ranks
 from lab.robust_training import load_classifier, stage_one, train_end_to_end, unwrapped
 from lab.run import Run, Stopped, accuracy, draw_reconstructions, drawing, load_data
+from lab.start import launched, usable
 from models import WideResNet, record, representation_layers
 from purifier import CARSO, Purifier, build_carso, vae_loss
 
@@ -247,6 +248,8 @@ def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
     try:
+        launched()
+        usable(args.device)
         ranks = start_ranks(args.device)
         p, name = prepare(args)
         folder = Path("runs") / name
@@ -270,6 +273,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped before the training began", file=sys.stderr)
+        return 130
     shape, device = tuple(data.train_images.shape[1:]), ranks.device.type
     run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, {len(data.classes)} classes; "
             f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip

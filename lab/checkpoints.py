@@ -9,8 +9,6 @@ Every function raises ValueError with one sentence that names the file and says 
 """
 
 import hashlib
-import importlib.util
-import sys
 from pathlib import Path
 
 import torch
@@ -18,65 +16,27 @@ from torch import nn
 
 from data import NORMALISATION, Dataset
 from lab.files import download, write_atomically
+from lab.tensors import check_whole, load_state, read_tensors
 from models import WideResNet, representation_layers
 from purifier import CARSO, Purifier, build_carso
-
-# ------------------------------------------------------------------------------------------------ files of tensors
-
-
-def read_tensors(path, trust_pickle: bool = False) -> dict:
-    """The contents of a .safetensors or a torch checkpoint, told apart by their first bytes, on the CPU."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if head.lstrip()[:1] == b"<" or b"<html" in head.lower():
-        raise ValueError(f"{path} is a web page, not a checkpoint: the download went wrong; fetch it again")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a file it does not know
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(
-                f"{path} holds more than tensors; opening it would run code from the file. If you trust its source, "
-                "say so with --trust-pickle"
-            ) from None
-        raise ValueError(f"{path} is not a checkpoint that PyTorch can open; is the file whole?") from None
-
-
-def load_state(module: nn.Module, weights: dict, path) -> None:
-    """`load_state_dict`, with an error that lists what is missing, unexpected, or of another shape."""
-    own = module.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}  # not used at inference; often left out
-    problems = {
-        "missing": [name for name in own if name not in weights and name not in counters],
-        "unexpected": [name for name in weights if name not in own],
-        "of another shape": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for kind, names in problems.items()
-            if names
-        )
-        raise ValueError(f"the weights in {path} do not fit ({text})")
-    module.load_state_dict(weights, strict=not counters - set(weights))
-
 
 # ------------------------------------------------------------------------------------------- CARSO's own checkpoint
 
 
+def built(path, kind: type, arguments, *more, **others):
+    """kind(**arguments), both read from path. ValueError if these are not its arguments, or make no sense."""
+    try:
+        return kind(*more, **arguments, **others)
+    except Exception as error:  # whatever a network's constructor says to strange numbers
+        raise ValueError(f"{path} describes no {kind.__name__} that can be built ({error})") from None
+
+
 def save_checkpoint(path, carso: CARSO, **state) -> None:
     """One file that needs nothing else: constructors' arguments, weights of classifier and purifier, and `state`, which
-    may hold only plain types and tensors (strings, numbers, lists, dicts)."""
+    may hold only plain types and tensors (strings, numbers, lists, dicts). ValueError for another classifier than a
+    WideResNet, which could not be built again from its weights."""
+    if not isinstance(getattr(carso.classifier, "config", None), dict):
+        raise ValueError(f"{path}: only a CARSO around a WideResNet can be kept in one file; keep its state_dict()")
     content = {
         "format": "carso-1",
         "classifier": carso.classifier.config,
@@ -98,15 +58,19 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
     content = read_tensors(path)
     if not isinstance(content, dict) or content.get("format") != "carso-1":
         raise ValueError(f"{path} is not a CARSO checkpoint (train.py writes one as runs/NAME/carso.pt)")
-    classifier = WideResNet(**content["classifier"])
-    load_state(classifier, content["classifier_weights"], path)
+    check_whole(path)
+    kinds = dict(classifier=dict, purifier=dict, layers=list, samples=int, state=dict)
+    if wrong := [part for part, kind in kinds.items() if not isinstance(content.get(part), kind)]:
+        raise ValueError(f"{path} is a CARSO checkpoint without {', '.join(wrong)}")
+    classifier = built(path, WideResNet, content["classifier"])
+    load_state(classifier, content.get("classifier_weights"), path)
     content["purifier"].pop("image_widths", None)  # early checkpoints say what is always so
-    purifier = Purifier(**content["purifier"])
-    load_state(purifier, content["purifier_weights"], path)
-    share = content.get("own_answer", 0.0)
-    share = 0.5 if share is True else float(share)  # early checkpoints said yes or no
-    carso = CARSO(classifier, purifier, content["layers"], content["samples"], own_answer=share)
-    return carso.to(device), content["state"]
+    purifier = built(path, Purifier, content["purifier"])
+    load_state(purifier, content.get("purifier_weights"), path)
+    share = content.get("own_answer") or 0.0
+    share = 0.5 if share is True else share  # early checkpoints said yes or no
+    rest = dict(layers=content["layers"], samples=content["samples"], own_answer=share)
+    return built(path, CARSO, rest, classifier, purifier).to(device), content["state"]
 
 
 def is_checkpoint(path) -> bool:
@@ -182,9 +146,10 @@ def load_published_classifier(path, num_classes: int, mean=None, std=None, trust
     first = weights.get("layer.0.block.0.conv_0.weight")
     while f"layer.0.block.{blocks}.conv_0.weight" in weights:
         blocks += 1
-    if stem is None or first is None:
+    if stem is None or first is None or not stem.ndim == first.ndim == 4:
         raise ValueError(f"{path} is not one of the public WideResNets; its first keys are {list(weights)[:4]}")
-    classifier = WideResNet(num_classes, 6 * blocks + 4, first.shape[0] // 16, stem.shape[1], mean, std)
+    sizes = dict(depth=6 * blocks + 4, width=first.shape[0] // 16, in_channels=stem.shape[1])
+    classifier = built(path, WideResNet, sizes | dict(mean=mean, std=std), num_classes)
     load_state(classifier, weights, path)
     return classifier.eval()
 
@@ -200,6 +165,7 @@ def _strip_wrapping(checkpoint: dict) -> dict[str, torch.Tensor]:
         return {}
     weights = {}
     for name, tensor in checkpoint.items():
+        name = str(name).replace("_orig_mod.", "")  # torch.compile's
         while name.startswith(("module.", "model.", "0.")):
             name = name.split(".", 1)[1]
         if isinstance(tensor, torch.Tensor) and "sub_block" not in name and name != "n_averaged":
@@ -246,11 +212,12 @@ def load_published(folder, num_classes: int, image_shape, samples: int = 8) -> C
         condition_dim = shapes["repr_fcn_compressor"]["1.0.weight"][0]
         latent_dim = shapes["decoder"]["0.1.weight"][1] - condition_dim
         decoder_width = shapes["decoder"]["1.0.weight"][0]
-    except KeyError as missing:
-        raise ValueError(f"{folder} is not the authors' purifier: there is no tensor {missing}") from None
+    except (KeyError, IndexError) as missing:
+        raise ValueError(f"{folder} is not the authors' purifier: there is no such tensor as {missing}") from None
     sizes = dict(condition_dim=condition_dim, latent_dim=latent_dim, decoder_width=decoder_width)
     layers = representation_layers(classifier.config["depth"])
-    return load_published_purifier(build_carso(classifier, layers, image_shape, samples, **sizes), **paths)
+    carso = built(folder, build_carso, sizes, classifier, layers, image_shape, samples)
+    return load_published_purifier(carso, **paths)
 
 
 # What the CARSO authors' own copies of the published classifiers are, and their clean accuracy (paper, table 2).
@@ -267,22 +234,3 @@ def fetch_published_classifier(name: str, data_dir) -> Path:
     file = Path(data_dir) / Path(PUBLISHED[name][0]).name
     download(BUCKET + PUBLISHED[name][0], file)
     return file
-
-
-# -------------------------------------------------------------------------------------------------- any other model
-
-
-def load_function(text: str) -> nn.Module:
-    """--model FILE.py:FUNCTION: what the function of that name in that file returns, in eval mode."""
-    file, _, function = text.partition(":")
-    if not function:
-        raise ValueError(f"--model wants FILE.py:FUNCTION, not {text}")
-    if not Path(file).is_file():
-        raise ValueError(f"--model wants FILE.py:FUNCTION, and there is no file {file}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(file).resolve().parent))
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise ValueError(f"{file} has no function {function}")
-    return getattr(module, function)().eval()

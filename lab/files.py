@@ -1,6 +1,9 @@
 """Files that are whole or not there: writing under a temporary name, downloads that go on, a folder's configuration."""
 
+import contextlib
+import glob
 import hashlib
+import http.client
 import json
 import os
 import urllib.request
@@ -12,25 +15,48 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: without locks, processes that write the same file at once are not told apart
+    fcntl = None
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
+def lock(file, wait: bool = False) -> bool:
+    """Hold this open file for as long as it is open: is it ours? Only other users of this function mind."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):  # a file system, or a machine, that has no locks
+        pass
+    return True
+
+
 def write_atomically(path, write) -> None:
-    """write(temporary path), then rename: a file that exists is whole, and a failure leaves the previous one alone."""
+    """write(temporary path), then rename: a file that exists is whole, and a failure leaves the previous one alone.
+    What a killed process has left half-written of the same file is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), open(leftover, "ab") as file:
+            if lock(file):  # or its writer lives
+                leftover.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch's own for a full disk
+        with open(temporary, "ab") as held:
+            lock(held)
+            write(temporary)
+            os.fsync(held.fileno())
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own for a full disk
         raise OSError(
             f"{path} could not be written ({error}); is the disk full? What was there before is whole"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text: str) -> None:
@@ -58,6 +84,17 @@ def save_grid(path, tiles: torch.Tensor) -> None:
 # --------------------------------------------------------------------------------------------------- configurations
 
 
+def read_json(path: Path) -> dict:
+    """The object in a .json file. ValueError, with its name, for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it should hold one object in braces")
+    return content
+
+
 def check_config(path: Path, config: dict, option: str, write: bool = True) -> None:
     """A folder holds one configuration: compare it with the one at path; where there is none, write it if asked to.
 
@@ -67,7 +104,7 @@ def check_config(path: Path, config: dict, option: str, write: bool = True) -> N
         if write:
             write_text(path, json.dumps(config, indent=1))
         return
-    old = json.loads(path.read_text())
+    old = read_json(path)
     fields = [k for k in config | old if (old.get(k) or None) != (config.get(k) or None)]
     if fields:
         differ = "; ".join(f"{k}: {old.get(k)} there, {config.get(k)} now" for k in fields)
@@ -83,35 +120,85 @@ def md5(path: Path) -> str:
 
 
 def download(url: str, path: Path, checksum: str | None = None) -> None:
-    """Fetch url to path unless it is there; go on where an earlier try stopped; verify the md5 before renaming.
+    """Fetch url to path unless it is there; go on where an earlier try stopped; verify the md5 before renaming. Of many
+    processes one fetches, and the others wait for it.
 
+    Without a checksum, the file's own md5 is kept beside it at first use (FILE.md5), and holds from then on.
     Raises OSError when the host cannot be reached, ValueError when the file is not the one expected."""
-    path = Path(path)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        done = partial.stat().st_size if partial.is_file() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                done = done if response.status == 206 else 0  # 200: the host sends the whole file again
-                total = done + int(response.headers.get("Content-Length", 0))
-                progress = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name, disable=None)
-                with open(partial, "ab" if done else "wb") as file, progress:
-                    while block := response.read(1 << 20):
-                        file.write(block)
-                        progress.update(len(block))
-        except OSError as error:
-            raise OSError(f"{url} could not be downloaded ({error}); put the file at {path} by hand") from None
-        if partial.stat().st_size < total:
-            raise OSError(f"the download of {url} broke off; run the same command again to go on")
-        if checksum and md5(partial) != checksum:
-            partial.unlink()
+    path, pinned = Path(path), Path(f"{path}.md5")
+    known = checksum or (pinned.read_text().strip() if pinned.is_file() else None)
+    if path.is_file():
+        if known and md5(path) != known:
             raise ValueError(
-                f"what {url} sent is not the expected file (its md5 differs from {checksum}); nothing was kept"
+                f"{path} is damaged or another file (its md5 differs from {known}); delete it"
+                f"{'' if checksum else f' (and {pinned}, if this file is the right one)'} and run again"
             )
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_name(path.name + ".part"), path) as partial:
+            if not path.is_file():  # else another process has been here
+                _fetch(url, path, partial, known)
+                if not known:
+                    write_text(pinned, md5(path) + "\n")
+    if not known and not pinned.is_file():
+        write_text(pinned, md5(path) + "\n")
+
+
+@contextlib.contextmanager
+def _alone(partial: Path, path: Path):
+    """The half-downloaded file, for this process alone."""
+    while True:
+        with open(partial, "ab") as file:
+            if not lock(file):
+                print(f"another process is downloading {path}: waiting for it", flush=True)
+                lock(file, wait=True)
+            there = partial.is_file() and os.path.samestat(os.fstat(file.fileno()), partial.stat())
+            if there or path.is_file():  # else the other one has renamed or removed what we hold
+                try:
+                    yield partial
+                finally:
+                    if partial.is_file() and (path.is_file() or partial.stat().st_size == 0):
+                        partial.unlink()
+                return
+
+
+def _fetch(url: str, path: Path, partial: Path, checksum: str | None) -> None:
+    by_hand, too_long = f"put the file at {path} by hand", False
+    try:
+        whole = _go_on(url, partial)
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) != 416:
+            raise OSError(f"{url} could not be downloaded ({error}); {by_hand}") from None
+        size = partial.stat().st_size  # 416: the file does not go on from here, as we have all of it, or more
+        whole = error.headers.get("Content-Range") == f"bytes */{size}"
+        too_long = not whole
+    if md5(partial) == checksum if checksum else whole:
         os.replace(partial, path)
-    elif checksum and md5(path) != checksum:
+        return
+    if whole or too_long:
+        partial.unlink()
+    if whole:
         raise ValueError(
-            f"{path} is damaged or another file (its md5 differs from {checksum}); delete it and run again"
+            f"what {url} sent is not the expected file (its md5 differs from {checksum}); nothing was kept"
         )
+    raise OSError(f"the download of {url} broke off; run the same command again to go on, or {by_hand}")
+
+
+def _go_on(url: str, partial: Path) -> bool:
+    """Append what is missing to the partial file. Is it known to be whole?"""
+    done = partial.stat().st_size
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if response.headers.get_content_type() == "text/html":
+            raise OSError("the host sent a web page")
+        done = done if response.status == 206 else 0  # 200: the host sends the whole file again
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        name = partial.name.removesuffix(".part")
+        progress = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name, disable=None)
+        with open(partial, "ab" if done else "wb") as file, progress:
+            while block := response.read(1 << 20):
+                file.write(block)
+                progress.update(len(block))
+        # Without a length, only chunks tell a file's end from a broken connection (they raise).
+        return partial.stat().st_size == total if length else bool(response.chunked)

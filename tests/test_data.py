@@ -4,10 +4,15 @@ import functools
 import hashlib
 import http.server
 import io
+import os
 import pickle
+import resource
+import shutil
 import tarfile
 import threading
 import zipfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +20,8 @@ import torch
 from PIL import Image
 
 import data
+from lab.files import check_config, lock, write_text
+from lab.pictures import TRANSPARENT, TURNED, read_picture
 
 
 def arrays(n=12, side=32, channels=3, classes=3, seed=0):
@@ -77,6 +84,12 @@ def test_npz_grey_resized_and_with_val_for_test(tmp_path):
         ({"train_labels": np.arange(5)}, "12 train pictures and 5 labels"),
         ({"train_labels": np.full(12, -1)}, "whole numbers"),
         ({"test_images": arrays(side=64)["test_images"]}, "different shapes"),
+        ({"train_labels": np.zeros(12, int), "test_labels": np.zeros(6, int)}, "one class only"),
+        ({"test_labels": np.full(6, 7)}, "classes without training pictures: 7"),
+        ({"test_labels": np.array(list("abcabc"))}, "train_labels are int64, and test_labels <U1"),
+        ({"train_labels": np.zeros(12, "M8[s]")}, "datetime64"),
+        ({"train_labels": np.full(12, 2**64 - 1, np.uint64)}, "whole numbers"),
+        ({"train_images": np.float32(3)}, "shape"),
         ({"train_images": np.zeros((0, 32, 32, 3), np.uint8), "train_labels": np.zeros(0, int)}, "0 train pictures"),
     ],
 )
@@ -88,7 +101,10 @@ def test_npz_that_makes_no_sense(tmp_path, changes, sentence):
 def test_npz_that_is_no_npz_or_would_run_code(tmp_path):
     (tmp_path / "text.npz").write_text("<html>")
     np.savez(tmp_path / "objects.npz", train_images=np.array([{}], dtype=object))
-    for name in ("text.npz", "objects.npz"):
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    (tmp_path / "cut.npz").write_bytes(write(tmp_path / "whole.npz").read_bytes()[:5000])
+    for name in ("text.npz", "objects.npz", "one.npz", "cut.npz"):
         with pytest.raises(ValueError, match="not an .npz of plain arrays"):
             data.load(tmp_path / name)
 
@@ -114,6 +130,193 @@ def test_folder_of_pictures(tmp_path):
     (tmp_path / "val" / "dogs" / "0.png").write_text("broken")
     with pytest.raises(ValueError, match="0.png is not a picture"):
         data.load(tmp_path)
+
+
+GLYPH = np.full((16, 16), 255, np.uint8)  # dark below the middle
+GLYPH[8:] = 0
+SIXTEEN = (257 * GLYPH.astype(np.uint16) // 2).astype(np.uint16)  # half as bright
+
+
+def transparent(mode, colour):
+    """A glyph that only the alpha channel holds."""
+    picture = Image.new(mode, (16, 16), colour)
+    picture.putalpha(Image.fromarray(255 - GLYPH))
+    return picture
+
+
+def grey_palette():
+    picture = Image.fromarray(GLYPH // 255, "P")
+    picture.putpalette([0, 0, 0, 255, 255, 255] + 254 * [9, 80, 7])  # entries that no pixel uses may be coloured
+    return picture
+
+
+def turned():
+    """A camera held on its side; the glyph lies, and EXIF says how it stood."""
+    picture = Image.fromarray(np.rot90(GLYPH).copy())
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    return picture, exif
+
+
+PICTURES = {
+    "8 bits": (lambda path: Image.fromarray(GLYPH).save(path, "PNG"), GLYPH),
+    "16 bits": (lambda path: Image.fromarray(SIXTEEN).save(path, "PNG"), GLYPH // 2),
+    "16 bits, TIFF": (lambda path: Image.fromarray(SIXTEEN).save(path, "TIFF"), GLYPH // 2),
+    "16 bits, PGM": (lambda path: Image.fromarray(SIXTEEN).save(path, "PPM"), GLYPH // 2),
+    "16 bits, TIFF, inverted": (
+        lambda path: Image.fromarray(SIXTEEN).save(path, "TIFF", tiffinfo={262: 0}), 255 - GLYPH // 2
+    ),
+    "floats": (lambda path: Image.fromarray((GLYPH / 255).astype(np.float32)).save(path, "TIFF"), GLYPH),
+    "1 bit": (lambda path: Image.fromarray(GLYPH > 0).save(path, "PNG"), GLYPH),
+    "grey palette": (lambda path: grey_palette().save(path, "PNG"), GLYPH),
+    "transparent grey": (lambda path: transparent("L", 0).save(path, "PNG"), GLYPH),
+    "transparent colour": (lambda path: transparent("RGB", (0, 0, 0)).save(path, "PNG"), np.stack(3 * [GLYPH], 2)),
+    "turned": (lambda path: turned()[0].save(path, "PNG", exif=turned()[1]), GLYPH),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_picture_is_what_it_is_meant_to_be(tmp_path, kind):
+    save, seen = PICTURES[kind]
+    save(tmp_path / "picture")
+    notes = Counter()
+    picture = read_picture(tmp_path / "picture", notes)
+    assert picture.dtype == np.uint8 and np.array_equal(picture, seen)
+    assert (notes[TRANSPARENT], notes[TURNED]) == (kind.startswith("transparent"), kind == "turned")
+
+
+def png(side=16) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+UNREADABLE = {
+    "truncated": lambda path: path.write_bytes(png()[:200]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a picture"),
+    "a bomb": lambda path: Image.new("1", (14000, 14000)).save(path),
+    "floats of no known range": lambda path: Image.fromarray(np.full((9, 9), 7, np.float32)).save(path, "TIFF"),
+    "32 bits": lambda path: Image.fromarray(np.full((9, 9), 7, np.int32)).save(path, "TIFF"),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a pipe": os.mkfifo,
+    "a strip": lambda path: Image.new("L", (8, 100)).save(path),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_no_picture_is_refused_by_its_name(tmp_path, kind):
+    picture_folder(tmp_path)
+    UNREADABLE[kind](tmp_path / "train" / "cats" / "bad.png")
+    with pytest.raises(ValueError, match="bad.png"):
+        data.load(tmp_path)
+
+
+def picture_folder(path, classes=("cats", "dogs"), splits=("train", "test"), count=2):
+    for split in splits:
+        for k, name in enumerate(classes):
+            (path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (32, 32), 100 * k + i).save(path / split / name / f"{i:02}.png")
+    return path
+
+
+def test_a_folder_as_people_have_it(tmp_path):
+    """Left-overs of programs, subfolders, links, files that are no pictures, endings in capitals."""
+    train = picture_folder(tmp_path) / "train"
+    (train / ".ipynb_checkpoints").mkdir()
+    (train / "cats" / ".ipynb_checkpoints").mkdir()
+    Image.new("L", (32, 32)).save(train / "cats" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (train / "cats" / "._0.png").write_bytes(b"of a Mac")
+    (train / "cats" / "a" / "b").mkdir(parents=True)
+    Image.new("L", (32, 32), 50).save(train / "cats" / "a" / "b" / "x.PNG")
+    (train / "dogs" / "more").symlink_to(train / "cats" / "a")
+    (train / "dogs" / "notes.txt").write_text("")
+    (tmp_path / "read me").write_text("")
+    dataset = data.load(tmp_path)
+    assert dataset.classes == ["cats", "dogs"] and dataset.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.train_images[:, 0, 0, 0].tolist() == [0, 1, 50, 100, 101, 50]
+    assert (
+        "1 files are left out, which are no pictures (notes.txt)" in dataset.note and dataset.train_images.shape[1] == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (
+            lambda path: [f.rename(f.with_suffix(".doc")) for f in (path / "test" / "dogs").iterdir()],
+            "dogs has no pict",
+        ),
+        (lambda path: shutil.rmtree(path / "test" / "dogs"), "only one of train and test: dogs"),
+        (lambda path: (path / "test" / "birds").mkdir(), "only one of train and test: birds"),
+        (
+            lambda path: (path / "train" / "cats" / "loop").symlink_to(path / "train"),
+            "a link to a folder that it is in",
+        ),
+        (lambda path: [shutil.rmtree(path / split / "dogs") for split in ("train", "test")], "one class only"),
+    ],
+)
+def test_a_folder_without_pictures_of_a_class(tmp_path, spoil, sentence):
+    spoil(picture_folder(tmp_path))
+    with pytest.raises(ValueError, match=sentence):
+        data.load(tmp_path)
+
+
+def test_many_grey_pictures_and_few_open_files(tmp_path):
+    picture_folder(tmp_path, count=20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, hard))
+    try:
+        assert len(data.load(tmp_path).train_labels) == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_test_split_in_the_order_of_its_classes_is_shuffled_once(tmp_path):
+    dataset = data.load(picture_folder(tmp_path, count=20))
+    assert sorted(dataset.test_numbers.tolist()) == list(range(40)) and 5 < dataset.test_labels[:20].sum() < 15
+    assert torch.equal(dataset.test_labels, (dataset.test_numbers >= 20).long())
+    assert torch.equal(
+        dataset.test_images[:, 0, 0, 0].long(), 100 * (dataset.test_numbers >= 20) + dataset.test_numbers % 20
+    )
+    assert torch.equal(data.load(tmp_path).test_numbers, dataset.test_numbers) and "shuffled" in dataset.note
+    assert torch.equal(data.load("digits").test_numbers, torch.arange(500))
+
+
+def test_a_fingerprint_is_of_pictures_labels_and_names():
+    images, labels, classes = torch.arange(64, dtype=torch.uint8).view(4, 1, 4, 4), torch.arange(4), list("abcd")
+    same = data.fingerprint(images, labels, classes)
+    assert same == data.fingerprint(images.clone(), labels.clone(), tuple(classes)) and len(same) == 32
+    others = (images + 1, labels, classes), (images, labels.flip(0), classes), (images, labels, list("abce"))
+    assert len({same, data.fingerprint(images.flip(2), labels, classes), *(data.fingerprint(*o) for o in others)}) == 5
+
+
+LABELS = {
+    "from 1 on": (lambda k: k + 1, ["1", "2", "3"]),
+    "with gaps": (lambda k: 5 * k + 2, ["2", "7", "12"]),
+    "uint16": (lambda k: k.astype(np.uint16), ["0", "1", "2"]),
+    "uint64": (lambda k: k.astype(np.uint64), ["0", "1", "2"]),
+    "names": (lambda k: np.array(["cat", "dog", "emu"])[k], ["cat", "dog", "emu"]),
+    "bytes": (lambda k: np.array([b"cat", b"dog", b"emu"])[k], ["cat", "dog", "emu"]),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_all_kinds_become_the_classes_that_exist(tmp_path, kind):
+    change, names = LABELS[kind]
+    plain = arrays()
+    labels = {key: change(plain[key]) for key in ("train_labels", "test_labels")}
+    dataset = data.load(write(tmp_path / "labels.npz", **labels))
+    assert dataset.classes == names and dataset.train_labels.tolist() == plain["train_labels"].ravel().tolist()
+    assert ("are taken as classes 0 to 2" in dataset.note) == (kind in ("from 1 on", "with gaps"))
+
+
+def test_objects_beside_the_needed_arrays_do_not_matter(tmp_path):
+    names = np.array(["a", {"b": 1}], dtype=object)
+    assert len(data.load(write(tmp_path / "a.npz", class_names=names)).train_labels) == 12
+    with pytest.raises(ValueError, match="not an .npz of plain arrays"):
+        data.load(write(tmp_path / "b.npz", test_labels=names))
 
 
 def test_folder_without_classes(tmp_path):
@@ -149,8 +352,29 @@ def test_tinyimagenet_zip_is_read_once_and_cached(tmp_path, monkeypatch):
     assert dataset.classes == ["n01", "n02"]
     brightness = dataset.test_images.float().mean(dim=(1, 2, 3)) > 50
     assert torch.equal(brightness.long(), dataset.test_labels)  # each picture with its own annotation
-    monkeypatch.setattr(data, "_decode_tinyimagenet", None)  # a second reading must come from the cache
+    monkeypatch.setattr(data, "read_tinyimagenet", None)  # a second reading must come from the cache
     assert torch.equal(data.load(path, tmp_path / "cache").train_images, dataset.train_images)
+
+
+@pytest.mark.parametrize("inside", ["", "tiny-imagenet-200"])
+def test_tinyimagenet_unpacked(tmp_path, inside):
+    path = tiny_imagenet_zip(tmp_path / "tiny.zip")
+    with zipfile.ZipFile(path) as file:
+        file.extractall(tmp_path / "unpacked")
+    (tmp_path / "unpacked" / "tiny-imagenet-200" / "test" / "images").mkdir(parents=True)  # theirs, without labels
+    folder = tmp_path / "unpacked" if not inside else tmp_path / "unpacked" / inside
+    ours, theirs = data.load(folder), data.load(path, tmp_path / "cache")
+    assert ours.name == "tinyimagenet" and ours.classes == theirs.classes
+    assert torch.equal(ours.test_images, theirs.test_images) and torch.equal(ours.train_labels, theirs.train_labels)
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    path = tiny_imagenet_zip(tmp_path / "tiny.zip")
+    data.load(path, tmp_path)
+    (cache,) = tmp_path.glob("tiny-imagenet-*.npz")
+    cache.write_bytes(cache.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=cache.name):
+        data.load(path, tmp_path)
 
 
 def test_a_zip_of_something_else(tmp_path):
@@ -201,14 +425,17 @@ def test_cifar100_through_torchvision_and_no_network(tmp_path, monkeypatch):
 class Server(http.server.SimpleHTTPRequestHandler):
     """Serves a folder; understands `Range: bytes=N-`, which Python's own server does not."""
 
-    ranges = []
+    ranges, length = [], True
 
     def do_GET(self):
-        body = open(self.translate_path(self.path), "rb").read()
+        body = Path(self.translate_path(self.path)).read_bytes()
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.ranges.append(start)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
+        self.send_response(416 if start >= len(body) else 206 if start else 200)
+        if self.length:
+            self.send_header("Content-Length", str(max(0, len(body) - start)))
+        if start >= len(body):
+            self.send_header("Content-Range", f"bytes */{len(body)}")
         self.end_headers()
         self.wfile.write(body[start:])
 
@@ -255,6 +482,87 @@ def test_download_of_the_wrong_file_keeps_nothing(tmp_path, server):
 def test_download_without_network(tmp_path):
     with pytest.raises(OSError, match="could not be downloaded .* by hand"):
         data.download("http://127.0.0.1:9/file.bin", tmp_path / "file.bin")
+
+
+def test_a_complete_part_is_enough(tmp_path, server):
+    url, served = server
+    (served / "file.bin").write_bytes(b"whole")
+    (tmp_path / "file.bin.part").write_bytes(b"whole")
+    data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == b"whole" and Server.ranges == [5]
+    (tmp_path / "file.bin").unlink()
+    (tmp_path / "file.bin.part").write_bytes(b"more than the whole")
+    with pytest.raises(OSError, match="run the same command again"):
+        data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == b"whole" and not list(tmp_path.glob("*.part"))
+
+
+def test_a_file_of_unknown_length_is_believed_by_its_checksum_alone(tmp_path, server, monkeypatch):
+    url, served = server
+    (served / "file.bin").write_bytes(b"a part")
+    monkeypatch.setattr(Server, "length", False)
+    with pytest.raises(OSError, match="broke off"):
+        data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    (tmp_path / "file.bin.part").unlink()
+    with pytest.raises(OSError, match="broke off"):
+        data.download(f"{url}/file.bin", tmp_path / "file.bin", hashlib.md5(b"the whole").hexdigest())
+    (tmp_path / "file.bin.part").unlink()
+    data.download(f"{url}/file.bin", tmp_path / "file.bin", hashlib.md5(b"a part").hexdigest())
+
+
+def test_a_file_without_a_published_checksum_keeps_its_first(tmp_path, server):
+    url, served = server
+    (served / "file.bin").write_bytes(b"weights")
+    for _ in range(2):
+        data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    assert (tmp_path / "file.bin.md5").read_text().strip() == hashlib.md5(b"weights").hexdigest()
+    (tmp_path / "file.bin").write_bytes(b"weighty")
+    with pytest.raises(ValueError, match="file.bin.md5, if this file is the right one"):
+        data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    (tmp_path / "file.bin").unlink()
+    (served / "file.bin").write_bytes(b"another")
+    with pytest.raises(ValueError, match="not the expected file"):
+        data.download(f"{url}/file.bin", tmp_path / "file.bin")
+
+
+def test_of_many_that_download_one_does(tmp_path, server):
+    """In threads; the lock is of the open file, so that it holds between processes and threads alike."""
+    url, served = server
+    (served / "file.bin").write_bytes(bytes(5_000_000))
+    errors = []
+
+    def fetch():
+        try:
+            data.download(f"{url}/file.bin", tmp_path / "file.bin")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=fetch) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not errors and Server.ranges == [0]
+    assert (tmp_path / "file.bin").read_bytes() == bytes(5_000_000)
+    assert sorted(p.name for p in tmp_path.glob("file.*")) == ["file.bin", "file.bin.md5"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    (tmp_path / ".a.txt.1.part").write_text("half")
+    (tmp_path / ".b.txt.1.part").write_text("of another file")
+    with open(tmp_path / ".a.txt.2.part", "ab") as alive:
+        assert lock(alive)
+        write_text(tmp_path / "a.txt", "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.txt.2.part", ".b.txt.1.part", "a.txt"]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", b"\xff", "", "NaN", "[" * 100_000])
+def test_a_damaged_config_is_named(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        check_config(path, {"a": 1}, "--name")
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

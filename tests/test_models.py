@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from torch.testing import assert_close
 
 import data
 from lab.checkpoints import PUBLISHED_DATA, load_published_classifier
+from lab.foreign import Foreign, check_answers, load_function
 from models import CIFAR10_MEAN, CIFAR10_STD, WideResNet, record, representation_layers
 
 
@@ -158,6 +162,9 @@ LAYOUTS = {
         | {"module.mean": torch.full((1, 3, 1, 1), 0.4), "module.std": torch.full((1, 3, 1, 1), 0.2)}
     ),
     "bare": lambda w: w,
+    "compiled": lambda w: {"state_dict": {f"module._orig_mod.0.{k}": v for k, v in w.items()}},
+    "compiled in parts": lambda w: {k.replace("block.0.", "block.0._orig_mod."): v for k, v in w.items()},
+    "numpy's numbers beside": lambda w: {"state_dict": w, "best": np.float64(0.5), "epoch": np.int64(3)},
     "without counters": lambda w: {k: v for k, v in w.items() if "num_batches" not in k},
 }
 
@@ -185,6 +192,18 @@ def test_published_normalisation_is_that_of_the_data():
     assert {PUBLISHED_DATA[k] for k in (10, 100, 200)} == set(data.NORMALISATION)
 
 
+class Malicious:
+    def __init__(self, code):
+        self.code = code
+
+    def __reduce__(self):
+        return self.code
+
+
+def cut(path, keep: float):
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+
+
 WRONG = {
     "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "web page"),
     "nothing": (lambda path: None, "no file"),
@@ -205,6 +224,31 @@ WRONG = {
         lambda path: torch.save(public_weights() | {"extra": torch.zeros(1)}, path),
         "1 unexpected: extra",
     ),
+    "a malicious pickle": (lambda path: torch.save({"a": Malicious((os.system, ("touch run",)))}, path), "run code"),
+    "a builtin": (lambda path: torch.save({"a": Malicious((exec, ("1",)))}, path), "run code"),
+    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps(Malicious((exec, ("1",))))), "run code"),
+    "truncated": (lambda path: (torch.save(public_weights(), path), cut(path, 0.5)), "is the file whole"),
+    "truncated safetensors": (
+        lambda path: (save_file({k: v.contiguous() for k, v in public_weights().items()}, path), cut(path, 0.9)),
+        "is the file whole",
+    ),
+    "safetensors cut in the header": (
+        lambda path: (save_file({k: v.contiguous() for k, v in public_weights().items()}, path), cut(path, 0.001)),
+        "whole",
+    ),
+    "a tensor": (lambda path: torch.save(torch.zeros(3), path), "not one of the public WideResNets"),
+    "numbers for weights": (
+        lambda path: torch.save(public_weights() | {"logits.bias": torch.zeros(10, dtype=torch.int8)}, path),
+        "1 of another kind: logits.bias",
+    ),
+    "NaN": (
+        lambda path: torch.save(public_weights() | {"logits.bias": torch.full((10,), torch.nan)}, path),
+        "1 not finite: logits.bias",
+    ),
+    "another kind of convolution": (
+        lambda path: torch.save(public_weights() | {"init_conv.weight": torch.zeros(3)}, path),
+        "not one of the public WideResNets",
+    ),
     "code": (
         lambda path: torch.save(public_weights() | {"args": argparse.Namespace()}, path),
         "holds more than tensors",
@@ -213,11 +257,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_weight_files_get_a_sentence(tmp_path, kind):
+def test_wrong_weight_files_get_a_sentence(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
     write, sentence = WRONG[kind]
     write(tmp_path / "file")
     with pytest.raises(ValueError, match=sentence):
         load_published_classifier(tmp_path / "file", 10)
+    assert not (tmp_path / "run").exists()
 
 
 def test_old_pickles_open_when_trusted(tmp_path, wrn_10_2):
@@ -225,3 +271,97 @@ def test_old_pickles_open_when_trusted(tmp_path, wrn_10_2):
     loaded = load_published_classifier(tmp_path / "file", 10, trust_pickle=True)
     x = picture("x", (2, 3, 32, 32))
     assert_close(loaded(x), wrn_10_2(x), rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------------- the models of others
+
+THEIRS = {
+    "a clash with our models.py": (
+        "from models import Net\n\ndef build():\n    return Net()\n",
+        "import torch\nfrom data import K\nclass Net(torch.nn.Linear):\n"
+        "    def __init__(self):\n        super().__init__(1024, K)\n"
+        "    def forward(self, x):\n        return super().forward(x.flatten(1))\n",
+        "K = 5\n",
+    ),
+    "a dataclass": (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport torch\n"
+        "@dataclass\nclass Config:\n    k: int = 5\n"
+        "def build():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, Config().k))\n",
+    ),
+    "our own WideResNet": ("from models import WideResNet\ndef build():\n    return WideResNet(5, 10, 1, 1)\n",),
+    "an attribute .classifier": (
+        "import torch\nclass VGG(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.classifier = torch.nn.Linear(1024, 5)\n"
+        "    def forward(self, x):\n        return self.classifier(x.flatten(1))\n"
+        "build = VGG\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_a_model_of_others_is_built_in_its_own_surroundings(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name, text in zip(("mine", "models", "data"), THEIRS[kind]):
+        (tmp_path / f"{name}.py").write_text(text)
+    model = load_function(f"{tmp_path / 'mine.py'}:build")
+    check_answers(model, "mine.py", torch.zeros(3, 1, 32, 32, dtype=torch.uint8), 5)
+    assert isinstance(model, Foreign) and not model.training and not hasattr(model, "classifier")
+    assert sys.modules["models"].WideResNet is WideResNet and sys.modules["data"] is data
+
+
+def test_a_defence_of_others_stays_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text("from conftest import fresh_carso\ndef build():\n    return fresh_carso(3, 2, "
+                                      "condition_dim=8, latent_dim=4, decoder_width=8)\n")  # fmt: skip
+    assert load_function(f"{tmp_path / 'mine.py'}:build").samples == 2
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("import nothing_of_that_name", "mine.py, line 1: ModuleNotFoundError: No module"),
+        ("def build(:", "SyntaxError"),
+        ("def build():\n    return {}['x']", "line 2: KeyError"),
+        ("def build(depth):\n    pass", "TypeError: build\\(\\) missing"),
+        ("import sys\nsys.exit(0)", "line 2: SystemExit"),
+        ("build = 3", "no function build"),
+        ("def built():\n    pass", "no function build"),
+        ("def build():\n    return 3", "return an nn.Module, not a int"),
+        ("import torch\ndef build():\n    return torch.nn.Linear", "return an nn.Module, not a type"),
+    ],
+)
+def test_a_model_that_cannot_be_built_gets_a_sentence(tmp_path, monkeypatch, text, sentence):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text(text + "\n")
+    with pytest.raises(ValueError, match=sentence):
+        load_function(f"{tmp_path / 'mine.py'}:build")
+
+
+@pytest.mark.parametrize("text", ["mine.py", ":build", "mine.py:", "nowhere.py:build", "mine.txt:build", ""])
+def test_where_a_model_comes_from(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("")
+    (tmp_path / "mine.py").write_text("")
+    with pytest.raises(ValueError, match="wants FILE.py:FUNCTION"):
+        load_function(text)
+
+
+ANSWERS = {
+    "a tuple": (lambda x: (x.flatten(1)[:, :5], None), "returns a tuple"),
+    "another number of classes": (lambda x: x.flatten(1)[:, :6], "float32 \\(2, 6\\)"),
+    "whole numbers": (lambda x: x.flatten(1)[:, :5].long(), "int64"),
+    "NaN": (lambda x: x.flatten(1)[:, :5] * torch.nan, "not finite"),
+    "three dimensions": (lambda x: x.flatten(1)[:, None, :5], "\\(2, 1, 5\\)"),
+    "one picture too few": (lambda x: x.flatten(1)[:, :5].squeeze(0), "\\(5,\\)"),
+    "other channels": (torch.nn.Conv2d(3, 5, 32), "does not take pictures \\(2, 1, 32, 32\\)"),
+    "an empty message": (lambda x: [][x], "does not take pictures"),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_one_trial_forward_tells_what_is_no_classifier(kind):
+    model, sentence = ANSWERS[kind]
+    with pytest.raises(ValueError, match=f"mine.py .*{sentence}"):
+        check_answers(model, "mine.py", torch.zeros(3, 1, 32, 32, dtype=torch.uint8), 5)

@@ -437,8 +437,7 @@ def test_the_last_lines_say_what_the_table_means():
     }  # fmt: skip
     said = in_words(result)
     assert (
-        "keeps 2.0 % of these 100 pictures" in said
-        and "less robust than that: -70.0 points (-80.0 to -60.0)" in said
+        "keeps 2.0 % of these 100 pictures" in said and "less robust than that: -70.0 points (-80.0 to -60.0)" in said
     )
     assert "--objective end-to-end" in said and "--attack all" in said
     better = result | {"to_classifier": {"difference": 0.1, "interval": [0.02, 0.2]}}

@@ -1,6 +1,7 @@
 """The conditional VAE against the reference, and CARSO's promises."""
 
 import copy
+import io
 import json
 import pickle
 from pathlib import Path
@@ -205,6 +206,44 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not a CARSO checkpoint"):
         load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_with_strange_parts_is_named(tiny_carso, tmp_path):
+    path = tmp_path / "carso.pt"
+    save_checkpoint(path, tiny_carso)
+    whole = path.read_bytes()
+    for change in (
+        lambda c: c.pop("state"), lambda c: c.pop("classifier"), lambda c: c.pop("purifier_weights"),
+        lambda c: c.update(classifier={"depth": 11}), lambda c: c.update(purifier={"nonsense": 1}),
+        lambda c: c.update(samples=0), lambda c: c.update(layers=["a"]), lambda c: c.update(own_answer="much"),
+        lambda c: c["classifier_weights"].popitem(), lambda c: c.update(classifier_weights=[1]),
+        lambda c: c["purifier_weights"].update({"to_mu.bias": "text"}),
+    ):  # fmt: skip
+        content = torch.load(io.BytesIO(whole), weights_only=True)
+        change(content)
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="carso.pt"):
+            load_checkpoint(path)
+    flipped = bytearray(whole)
+    flipped[len(flipped) // 2] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="carso.pt is damaged"):
+        load_checkpoint(path)
+
+
+def test_a_compiled_classifier_is_kept_as_a_plain_one(tiny_carso, tmp_path):
+    x, z = torch.rand(2, 1, 32, 32), torch.randn(2, 3, 4)
+    plain = tiny_carso(x, z)
+    tiny_carso.classifier.layer[0] = torch.compile(tiny_carso.classifier.layer[0])
+    save_checkpoint(tmp_path / "carso.pt", tiny_carso)
+    assert torch.equal(load_checkpoint(tmp_path / "carso.pt")[0](x, z), plain)
+
+
+def test_another_classifier_than_a_wideresnet_is_not_kept(tiny_carso, tmp_path):
+    tiny_carso.classifier = torch.nn.Flatten()
+    with pytest.raises(ValueError, match="only a CARSO around a WideResNet"):
+        save_checkpoint(tmp_path / "carso.pt", tiny_carso)
+    assert not list(tmp_path.iterdir())
 
 
 def published_folder(path, carso):

@@ -1,0 +1,37 @@
+"""What a script needs to know before it starts: who launched it, and on which device it is to work."""
+
+import os
+
+import torch
+
+
+def launched() -> tuple[int, int]:
+    """This process's rank and the number of ranks, as torchrun says, or 0 and 1 without it.
+
+    Raises ValueError where only a part of torchrun's variables is set, as by a cluster's own launcher: such a process
+    would wait for others that do not exist, or do a part of the work and call it done."""
+    wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ.get(name, "") for name in wanted}
+    if not given["RANK"] and not given["WORLD_SIZE"]:
+        return 0, 1
+    numbers = [given[name] for name in wanted if name != "MASTER_ADDR"]
+    if not given["MASTER_ADDR"] or not all(text.isdecimal() for text in numbers):
+        said = ", ".join(f"{name}={text}" for name, text in given.items() if text)
+        raise ValueError(
+            f"torchrun's variables are set in part ({said}): start with torchrun, or unset RANK, WORLD_SIZE"
+        )
+    rank, count = int(given["RANK"]), int(given["WORLD_SIZE"])
+    if rank >= count:
+        raise ValueError(f"RANK={rank} is not below WORLD_SIZE={count}")
+    return rank, count
+
+
+def usable(device: str | None) -> None:
+    """ValueError if nothing can be computed on this device here; None is left to the caller."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # its own, or every process would take memory of the first
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(1, device=device or "cpu").add(1)
+    except Exception as error:  # torch raises anything, from AssertionError to NotImplementedError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); leave it out") from None
