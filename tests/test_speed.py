@@ -32,6 +32,7 @@ def bf16():
 
 def evaluation(model, folder=None, precision="fp32") -> Evaluation:
     config = dict(eps=0.1, samples=getattr(model, "samples", 1), view="logsumexp", aggregation="robust", seed=0)
+    config["classes"] = 5
     images = (255 * X).to(torch.uint8)
     return Evaluation(model, images, Y, config | {"search_precision": precision}, BUDGET, folder, "cpu", 64, ATTACKS)
 
