@@ -8,17 +8,20 @@ import argparse
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 # ------------------------------------------------------------------------------------------- numbers and their bounds
 
 
 def parse_number(text: str) -> float:
     """'8/255' or '0.03', as people write eps. Raises ArgumentTypeError, which argparse turns into a sentence."""
+    numerator, slash, denominator = text.partition("/")
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number such as 8/255 or 0.03") from None
+        value = float(numerator) / (float(denominator) if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number such as 8/255 or 0.03")
+    return value
 
 
 def parse_switch(text: str) -> bool:
