@@ -186,8 +186,9 @@ def vae_loss(reconstruction, clean, mu, logvar, beta: float):
 
     bce: binary cross-entropy of the reconstruction against the clean picture, both (B, C, H, W) in [0, 1].
     kld: KL divergence of N(mu, exp(logvar)) from the standard normal, mu and logvar (B, Z).
-    Returns three scalars (loss, bce, kld)."""
-    bce = F.binary_cross_entropy(reconstruction, clean, reduction="sum")
+    Returns three scalars (loss, bce, kld): NaN where a reconstruction is, which makes PyTorch's own raise."""
+    whole = reconstruction.isfinite().all()
+    bce = F.binary_cross_entropy(reconstruction.nan_to_num(0.5), clean, reduction="sum").where(whole, torch.nan)
     kld = 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum()
     return bce + beta * kld, bce, kld
 

@@ -24,22 +24,32 @@ import torch.distributed as dist
 from torch import nn
 
 import data as datasets
-from attacks import adversarially_balanced_batch
 from lab.checkpoints import PUBLISHED, load_checkpoint, load_start, save_checkpoint
 from lab.files import check_config
+from lab.perturb import anew, recorded
 from lab.presets import PAPER, PRESETS, Preset, add_options, choose_preset
 from lab.ranks import keep_freed_memory, start_ranks
 from lab.robust_training import load_classifier, stage_one, train_end_to_end, unwrapped
-from lab.run import Run, Stopped, accuracy, draw_reconstructions, drawing, load_data
+from lab.run import Diverged, Run, Stopped, accuracy, draw_reconstructions, drawing, finite, load_data
 from lab.start import launched, usable
-from models import WideResNet, record, representation_layers
+from models import WideResNet, representation_layers
 from purifier import CARSO, Purifier, build_carso, vae_loss
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
 
 
+def schedule_at(epoch: int, number: int, steps: int, p: Preset) -> float:
+    """Where the schedules stand at step `number` of an epoch of `steps`, in epochs: as in the paper they move once an
+    epoch. Where an epoch is short, or all the warm-up there is, they move at every step, but not in the first five:
+    there RAdam follows the bare gradient of a summed loss, which is huge, and the rate stays at its start."""
+    if steps > 5 and p.warmup > 1:
+        return float(epoch)
+    done = epoch * steps + number
+    return done / steps if done >= 5 else 0.0
+
+
 def learning_rate(epoch: float, p: Preset) -> float:
-    """Linear warm-up, plateau, linear anneal (table 14); stepped by epoch."""
+    """Linear warm-up, plateau, linear anneal (table 14)."""
     knots = [0, p.warmup, p.warmup + p.plateau, p.epochs]
     return float(
         np.interp(epoch, knots, [p.learning_rate_start, p.learning_rate, p.learning_rate, p.learning_rate_end])
@@ -113,36 +123,23 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
     optimizer = torch.optim.RAdam(purifier.parameters(), lr=p.learning_rate_start, betas=(0.9, 0.999), eps=1e-8)
     lookahead = Lookahead(optimizer, k=6, alpha=0.8)
     count = len(data.train_labels)
+    steps = len(datasets.batches(count, p.batch_size, 0, 0))
+    perturb = anew(run, classifier, p, micro_batch)
 
     def forward(stage, epoch, number, indices, first):
         """This rank's part of a balanced batch through the purifier."""
-        rows, generator = ranks.share(torch.arange(len(indices))), run.generator(stage, epoch, number)
-        clean, y = run.pictures(data, indices)
-        start = run.uniform(clean, indices, generator)
+        (clean, y), generator = run.pictures(data, indices), run.generator(stage, epoch, number)
+        perturbed = perturb(clean, y, indices, epoch, first, generator)
         latent = torch.randn((len(indices), p.latent_dim), generator=generator, device=device)
-        whole = None  # the perturbed pictures and their representation, micro_batch pictures at a time
-        for part in torch.arange(len(clean)).split(micro_batch or len(clean)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-                perturbed = adversarially_balanced_batch(
-                    classifier, clean[part], y[part], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
-                    first=first + int(rows[part[0]]), noise=start[part],
-                )  # fmt: skip
-            with torch.no_grad():
-                tensors = [perturbed, *record(classifier, carso.layers, perturbed)[1]]
-            if len(part) == len(clean):
-                whole = tensors
-                break
-            whole = whole or [tensor.new_empty((len(clean), *tensor.shape[1:])) for tensor in tensors]
-            for full, tensor in zip(whole, tensors):
-                full[part] = tensor
-        perturbed, *representation = whole
+        representation = recorded(classifier, carso.layers, perturbed, micro_batch)
         return clean, *network(perturbed, representation, ranks.share(latent))
 
     def step(epoch, number, indices, first):
-        optimizer.param_groups[0]["lr"] = learning_rate(epoch, p)
+        at = schedule_at(epoch, number, steps, p)
+        optimizer.param_groups[0]["lr"] = learning_rate(at, p) if at else p.learning_rate_start
         carso.train()
         clean, reconstruction, mu, logvar = forward("purifier", epoch, number, indices, first)
-        loss, bce, kld = vae_loss(reconstruction, clean, mu, logvar, kl_weight(epoch, p))
+        loss, bce, kld = vae_loss(reconstruction, clean, mu, logvar, kl_weight(at, p))
         optimizer.zero_grad()
         (loss * ranks.count).backward()  # DDP averages over ranks: this is the global batch's sum
         lookahead.step()
@@ -157,8 +154,7 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
     def once_through_the_training_set():
         first = 0
         for number, indices in enumerate(datasets.batches(count, p.batch_size, run.config["seed"], p.epochs)):
-            with torch.enable_grad():
-                forward("batchnorm", 0, number, indices, first)
+            forward("batchnorm", 0, number, indices, first)
             first += len(indices)
 
     refresh_batchnorm(purifier, once_through_the_training_set)
@@ -232,6 +228,8 @@ def finish(run: Run, args, data: datasets.Dataset, carso: CARSO, p: Preset) -> N
     """Keep the whole defence as carso.pt, without traces of training on many processes."""
     if not run.ranks.first:
         return
+    if not finite(carso.state_dict()):
+        raise Diverged("a weight of the result is not finite, and nothing of it is kept: choose a lower learning rate")
     draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
     classifier = unwrapped(carso.classifier, WideResNet(**carso.classifier.config))
     purifier = unwrapped(carso.purifier, Purifier(**carso.purifier.config))
@@ -253,7 +251,7 @@ def main() -> int:
         ranks = start_ranks(args.device)
         p, name = prepare(args)
         folder = Path("runs") / name
-        data = load_data(args.dataset, args.data_dir, p, ranks)
+        data, p = load_data(args, p, ranks)
         asked = ("dataset", "classifier", "seed", "start", "train_on", "tap")
         config = {field: getattr(args, field) for field in asked} | dataclasses.asdict(p)
         config["objective"] = args.objective if args.start else None
@@ -303,6 +301,9 @@ def main() -> int:
     except KeyboardInterrupt:
         run.say("stopped; the same command goes on from the last checkpoint")
         return 130
+    except Diverged as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
         return 2

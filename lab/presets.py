@@ -184,14 +184,15 @@ def overridden(chosen, args: argparse.Namespace):
 
 
 def choose_preset(name: str, args: argparse.Namespace) -> Preset:
-    """A row of PRESETS with the command line's changes. A shorter or longer run keeps the schedule's proportions, but
-    one epoch of warm-up: RAdam's first five steps follow the bare gradient of a summed loss, which is huge.
+    """A row of PRESETS with the command line's changes. A shorter or longer run keeps the schedule's proportions.
 
     Raises ValueError for a value out of its bounds, or a schedule that does not fit into the training."""
     p = overridden(PRESETS[name], args)
     if p.epochs != PRESETS[name].epochs:
         scaled = {k: max(1, getattr(PRESETS[name], k) * p.epochs // PRESETS[name].epochs)
                   for k in ("warmup", "plateau", "kl_from", "kl_to") if getattr(args, k) is None}  # fmt: skip
+        if p.epochs == 1:  # no second epoch for the KL weight to grow in
+            scaled |= {k: 0 for k in ("kl_from", "kl_to") if k in scaled}
         if args.plateau is None:
             scaled["plateau"] = min(scaled["plateau"], max(0, p.epochs - scaled.get("warmup", p.warmup)))
         p = dataclasses.replace(p, **scaled)
@@ -200,6 +201,21 @@ def choose_preset(name: str, args: argparse.Namespace) -> Preset:
     if p.kl_to < p.kl_from:
         raise ValueError(f"--kl-to {p.kl_to} is before --kl-from {p.kl_from}: the KL weight would not grow")
     return p
+
+
+def fit_batches(p: Preset, count: int, args: argparse.Namespace) -> Preset:
+    """The preset for a training set of `count` pictures: where they make fewer than ten batches an epoch (the paper's
+    scenario a has ten), batches of a tenth of them, but not under 16 pictures. The rates fall with the batch: for SGD
+    in proportion (Goyal et al. 2017), for RAdam and Adam as its root (Malladi et al. 2022). What `args` give stays."""
+    changed, purifier = {}, "end_" if args.objective == "end-to-end" else ""
+    for stage, power in (("classifier_", 1), (purifier, 0.5)):
+        size, rate = f"{stage}batch_size", f"{stage}learning_rate"
+        usual, fitted = getattr(p, size), max(16, math.ceil(count / 10))
+        if getattr(args, size) is None and math.ceil(count / usual) < 10 and fitted < usual:
+            changed[size] = fitted
+            if getattr(args, rate) is None:
+                changed[rate] = float(f"{getattr(p, rate) * (fitted / usual) ** power:.2g}")
+    return dataclasses.replace(p, **changed)
 
 
 # ---------------------------------------------------------------------------------------------------- README's table

@@ -188,6 +188,7 @@ def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) 
             reconstructions, members = network(x, next(z))
         logits = robust_logits(members)
         cross_entropy = F.cross_entropy(logits, y, reduction="sum")
+        reconstructions = reconstructions.nan_to_num(0.5)  # the cross-entropy is NaN then, and ends the run
         bce = F.binary_cross_entropy(reconstructions, clean[:, None].expand_as(reconstructions), reduction="none")
         bce = bce.flatten(1).mean(1).sum()
         loss = cross_entropy + p.end_reconstruction * bce

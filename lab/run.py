@@ -17,12 +17,24 @@ from tqdm import tqdm
 import data as datasets
 from attacks import pgd
 from lab.files import save_grid, write_atomically, write_text
-from lab.presets import Preset
+from lab.presets import Preset, fit_batches
 from lab.ranks import Ranks
 
 
 class Stopped(Exception):
     """SIGTERM or Ctrl-C arrived; the step was finished and saved."""
+
+
+class Diverged(ValueError):
+    """A sum or a weight is not finite; nothing of it was kept."""
+
+
+def finite(state) -> bool:
+    """Is every number in nested dicts and lists of tensors finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(finite, inner))
 
 
 class Run:
@@ -86,10 +98,18 @@ class Run:
             epoch_now, step_now, rows, sums = saved["epoch"], saved["step"], saved["rows"], saved["sums"].cpu()
             self.say(f"{stage}: going on at epoch {epoch_now}, step {step_now}")
 
+        def diverged(what, epoch, step) -> Diverged:
+            if self.ranks.first:
+                path.unlink(missing_ok=True)  # what was saved leads here again
+            return Diverged(f"{stage}: {what} is not finite at epoch {epoch}, step {step}, and nothing of it is kept: "
+                            "choose a lower learning rate, and another --name")  # fmt: skip
+
         def save(epoch, step):
             self.last_save = time.monotonic()
+            state = {name: part.state_dict() for name, part in parts.items()}
+            if not finite(state):
+                raise diverged("a weight", epoch, step)
             if self.ranks.first:
-                state = {name: part.state_dict() for name, part in parts.items()}
                 content = {"parts": state, "epoch": epoch, "step": step, "rows": rows, "sums": sums}
                 write_atomically(path, lambda temporary: torch.save(content, temporary))
 
@@ -109,6 +129,8 @@ class Run:
                 values = torch.cat([values.double(), values.new_tensor([float(self.stopping)]).double()])
                 values = self.ranks.sum(values).cpu()
                 sums += values[:-1]
+                if not finite(sums):
+                    raise diverged("the loss", epoch, number)
                 pictures, steps_done = pictures + len(order[number]), steps_done + 1
                 if values[-1] > 0:
                     save(epoch, number + 1)
@@ -178,16 +200,21 @@ def drawing(run: Run, carso, data: datasets.Dataset, p: Preset, epochs: int):
     return after_epoch
 
 
-def load_data(name: str, data_dir, p: Preset, ranks: Ranks) -> datasets.Dataset:
-    """One process of each node downloads and caches, the others then read; checks that batches suit data and ranks."""
+def load_data(args, p: Preset, ranks: Ranks) -> tuple[datasets.Dataset, Preset]:
+    """The data set, which one process of each node downloads and caches before the others read it, and the preset with
+    batches that fit it. ValueError where they do not suit BatchNorm or the processes."""
     with ranks.one_by_one():
-        data = datasets.load(name, data_dir)
-    for option, size in (("--batch-size", p.batch_size), ("--classifier-batch-size", p.classifier_batch_size)):
+        data = datasets.load(args.dataset, args.data_dir)
+    asked, p = p, fit_batches(p, len(data.train_labels), args)
+    for name in ("batch_size", "classifier_batch_size", "end_batch_size"):
+        option, size, usual = "--" + name.replace("_", "-"), getattr(p, name), getattr(asked, name)
         smallest = min(len(b) for b in datasets.batches(len(data.train_labels), size, 0, 0))
         if smallest < max(2, ranks.count):
             raise ValueError(
                 f"{option} {size} leaves a batch of {smallest} for {ranks.count} process(es); make it larger"
             )
+        if size != usual and ranks.first:
+            print(f"{option} {size} instead of {usual}, for ten batches an epoch; its learning rate falls with it")
         if size % ranks.count and ranks.first:
             print(f"{option} {size} over {ranks.count} processes: their shares differ by one picture")
-    return data
+    return data, p

@@ -7,7 +7,18 @@ import pytest
 from test_train import refusal
 
 import train
-from lab.presets import BUDGETS, PRESETS, Budget, Preset, add_options, choose_preset, eps_text, overridden, parse_number
+from lab.presets import (
+    BUDGETS,
+    PRESETS,
+    Budget,
+    Preset,
+    add_options,
+    choose_preset,
+    eps_text,
+    fit_batches,
+    overridden,
+    parse_number,
+)
 
 
 @pytest.mark.parametrize("table, rows", [(Preset, PRESETS), (Budget, BUDGETS)])
@@ -24,6 +35,7 @@ def test_every_field_says_its_bounds_and_its_meaning_and_every_row_keeps_them(ta
 def arguments(*options) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_options(parser, Preset)
+    parser.set_defaults(objective="paper")
     return parser.parse_args(options)
 
 
@@ -60,6 +72,18 @@ def test_what_is_out_of_bounds_is_refused_before_anything_is_written(tmp_path, m
 def test_a_run_of_any_length_has_a_schedule_that_fits(epochs):
     p = choose_preset("digits", arguments("--epochs", str(epochs)))
     assert 1 <= p.warmup and p.warmup + p.plateau <= epochs and p.kl_from <= p.kl_to
+
+
+@pytest.mark.parametrize(
+    "count, want", [(40, (16, 0.0036)), (300, (30, 0.0049)), (4200, (420, 0.018)), (25_600, (2560, 0.045)),
+                    (46_081, (5120, 0.064)), (50_000, (5120, 0.064))],
+)  # fmt: skip
+def test_small_sets_get_ten_batches_an_epoch(count, want):
+    p = fit_batches(PRESETS["cifar10"], count, arguments())
+    assert (p.batch_size, p.learning_rate) == want
+    assert fit_batches(PRESETS["cifar10"], count, arguments("--batch-size", "5120")).learning_rate == 0.064
+    rate = fit_batches(PRESETS["cifar10"], count, arguments("--learning-rate", "0.01")).learning_rate
+    assert rate == PRESETS["cifar10"].learning_rate  # choose_preset puts the given one there
 
 
 def test_options_override_and_nothing_else_changes():

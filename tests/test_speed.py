@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import evaluate
+import lab.perturb
 import train
 from attacks import adversarially_balanced_batch, objective
 from evaluate import ATTACKS
@@ -85,8 +86,8 @@ def test_the_balanced_batch_in_bf16(tiny_carso):
 
 def test_training_with_attacks_in_bf16(monkeypatch):
     """The option reaches the attack and nothing else."""
-    seen = []
-    monkeypatch.setattr(train, "adversarially_balanced_batch", lambda classifier, x, *_, **__: seen.append(on()) or x)
+    seen, module = [], lab.perturb
+    monkeypatch.setattr(module, "adversarially_balanced_batch", lambda classifier, x, *_, **__: seen.append(on()) or x)
     monkeypatch.setattr(train, "vae_loss", lambda r, *rest: seen.append(on()) or [r.sum()] * 3)
     on = lambda: torch.is_autocast_enabled("cpu")  # noqa: E731
     for asked in (True, False):

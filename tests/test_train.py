@@ -3,6 +3,7 @@ processes, and with wrong input."""
 
 import functools
 import http.server
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import data
+import evaluate
 import lab.checkpoints
 import lab.robust_training
 import train
@@ -29,7 +31,7 @@ from lab.presets import PRESETS
 from lab.ranks import Ranks
 from models import WideResNet, record, representation_layers
 from purifier import build_carso, vae_loss
-from train import Lookahead, kl_weight, learning_rate, refresh_batchnorm
+from train import Lookahead, kl_weight, learning_rate, refresh_batchnorm, schedule_at
 
 # ------------------------------------------------------------------------------------------------------ small pieces
 
@@ -75,6 +77,18 @@ def test_refreshed_batchnorm_has_the_statistics_of_the_data():
     assert_close(network[0].running_mean, parts.mean((0, 1)))
     assert_close(network[0].running_var, torch.stack([part.var(0) for part in parts]).mean(0))
     assert network[0].momentum == 0.1
+
+
+def test_schedules_move_by_step_where_an_epoch_is_short():
+    """From enough steps on they are the paper's; else RAdam's first five steps keep the rate of the start."""
+    paper = PRESETS["cifar10"]
+    assert [schedule_at(e, n, 10, paper) for e in (0, 1, 199) for n in (0, 9)] == [0, 0, 1, 1, 199, 199]
+    at = [schedule_at(t // 3, t % 3, 3, paper) for t in range(600)]
+    assert at[:5] == [0] * 5 and at[5:] == [t / 3 for t in range(5, 600)]
+    one, _ = train.prepare(train.parse_arguments(["--dataset", "digits", "--epochs", "1"]))
+    rates = [learning_rate(schedule_at(0, n, 21, one), one) for n in range(21)]
+    assert rates[:5] == [5e-9] * 5 and rates[5] > 0.2 * one.learning_rate and rates[20] > 0.9 * one.learning_rate
+    assert kl_weight(schedule_at(0, 20, 21, one), one) == 1
 
 
 # -------------------------------------------------------------------------------------------------- the real script
@@ -217,7 +231,7 @@ END = ["--objective", "end-to-end", "--end-epochs", "2", "--end-batch-size", "9"
 @pytest.fixture(scope="module")
 def end_to_end(folder):
     """Options of a run from the paper-trained checkpoint, and its result, named end. Like calm, with a tiny eps."""
-    start = ["--from", "runs/whole/carso.pt", "--eps", "0.00001"]
+    start = ["--from", "runs/whole/carso.pt", "--eps", "0.00001", "--end-learning-rate", "3e-4"]
     options = ["--dataset", "tiny.npz", *TINY, *END, *start]
     run(folder, *options, "--name", "end")
     return options
@@ -268,6 +282,50 @@ def test_end_to_end_lowers_the_loss_under_attack(folder, monkeypatch, capsys):
     assert load_checkpoint(folder / "runs" / "end-scratch" / "carso.pt")[0].layers == ["init_conv"]
     log = np.loadtxt(folder / "runs" / "end-scratch" / "log-end-to-end.tsv", skiprows=1)
     assert log[-1, 1] < log[0, 1] and log[-1, 2] < log[0, 2]
+
+
+@pytest.mark.parametrize("epochs, least", [(8, 0.95), (1, 1.0)])
+def test_forty_digits_train_with_no_other_option(tmp_path, monkeypatch, capsys, epochs, least):
+    """A loss that falls, from batches of 16; even in one epoch, of three steps that RAdam takes at the first rate."""
+    digits = data.load("digits")
+    images, labels = digits.train_images[:40, 0].numpy(), digits.train_labels[:40].numpy()
+    np.savez(tmp_path / "few.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    options = ["--dataset", "few.npz", "--preset", "digits", "--epochs", epochs, "--classifier-epochs", "1"]
+    output = here(train, tmp_path, [*options, "--device", "cpu"], monkeypatch, capsys)
+    assert "in batches of 16" in output and "--batch-size 16 instead of 64" in output
+    bce = np.atleast_2d(np.loadtxt(tmp_path / "runs" / "few" / "log.tsv", skiprows=1))[:, 2]
+    assert bce[-1] <= least * bce[0] < 1000
+    config = load_checkpoint(tmp_path / "runs" / "few" / "carso.pt")[1]["config"]
+    assert (config["batch_size"], config["learning_rate"], config["classifier_learning_rate"]) == (16, 0.002, 0.025)
+
+
+@pytest.mark.parametrize("stage", ["classifier", "purifier", "end-to-end"])
+def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, stage, monkeypatch, capsys):
+    options = ["--dataset", "tiny.npz", *TINY, "--name", f"diverged-{stage}", "--save-every", "0"]
+    options += {
+        "classifier": ["--classifier-learning-rate", "1e30"],
+        "purifier": ["--classifier", "runs/whole/classifier.pt", "--learning-rate-start", "1e30"],
+        "end-to-end": [*END, "--from", "runs/whole/carso.pt", "--end-learning-rate", "1e30"],
+    }[stage]
+    output = refusal(train, folder, options, monkeypatch, capsys)
+    assert re.search(rf"train.py: {stage}: (the loss|a weight) is not finite at epoch 0, step \d", output), output
+    assert {path.name for path in (folder / "runs" / f"diverged-{stage}").iterdir()} == {"config.json"}
+
+
+def test_grey_pictures_of_two_classes_from_training_to_report(tmp_path, monkeypatch, capsys):
+    """As MedMNIST has them: 28x28, labels (N, 1)."""
+    rng, labels = np.random.default_rng(0), np.arange(60)[:, None] % 2
+    images = (90 * labels[..., None] + rng.integers(0, 90, (60, 28, 28))).astype(np.uint8)
+    splits = {"train": slice(48), "val": slice(48, 54), "test": slice(54, 60)}
+    arrays = {f"{s}_{k}": a[rows] for s, rows in splits.items() for k, a in (("images", images), ("labels", labels))}
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    sizes = "--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2 --depth 10 --width 1 --device cpu".split()
+    budget = "--epochs 2 --classifier-epochs 1 --attack-steps 1 --classifier-attack-steps 1 --eps 0.05".split()
+    options = ["--dataset", "mnist.npz", "--preset", "cifar10", *sizes, *budget]
+    assert "resized from 28x28 to 32x32" in here(train, tmp_path, options, monkeypatch, capsys)
+    options = "--ckpt runs/mnist/carso.pt --out report --steps 1 --eot 1 --draws 2 --device cpu --attack apgd"
+    here(evaluate, tmp_path, options.split(), monkeypatch, capsys)
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["n"] == 6
 
 
 def test_torchrun_restarts_a_killed_process_and_training_goes_on(folder):
