@@ -15,6 +15,7 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 
 import argparse
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from torch import nn
 import data as datasets
 from lab.checkpoints import PUBLISHED, load_checkpoint, load_start, save_checkpoint
 from lab.files import check_config
-from lab.perturb import anew, recorded
+from lab.perturb import perturbing, recorded
 from lab.presets import PAPER, PRESETS, Preset, add_options, choose_preset
 from lab.ranks import keep_freed_memory, start_ranks
 from lab.robust_training import load_classifier, stage_one, train_end_to_end, unwrapped
@@ -124,7 +125,7 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
     lookahead = Lookahead(optimizer, k=6, alpha=0.8)
     count = len(data.train_labels)
     steps = len(datasets.batches(count, p.batch_size, 0, 0))
-    perturb = anew(run, classifier, p, micro_batch)
+    perturb = perturbing(run, data, classifier, p, micro_batch)
 
     def forward(stage, epoch, number, indices, first):
         """This rank's part of a balanced batch through the purifier."""
@@ -238,6 +239,7 @@ def finish(run: Run, args, data: datasets.Dataset, carso: CARSO, p: Preset) -> N
     save_checkpoint(run.folder / "carso.pt", carso, **state)
     for path in run.folder.glob("*.resume.pt"):
         path.unlink()
+    shutil.rmtree(run.folder / "attacked", ignore_errors=True)
     run.say(f"CARSO: clean {accuracy(carso, data, 500):.1%} on {min(500, len(data.test_labels))} test pictures")
     run.say(f"now: python evaluate.py --ckpt {run.folder / 'carso.pt'}")
 

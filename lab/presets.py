@@ -92,6 +92,8 @@ class Preset:
     fraction: float = setting(0.5, SHARE, "perturbed share of each batch")
     attack_steps: int = setting(40, COUNT, "PGD")
     attack_step_size: float = setting(0.01, POSITIVE, "of PGD, in pixels")
+    attack_versions: int = setting(0, NUMBER, "attack the training set so many times, before the training (ours; 4: by "
+                                   "every kind once); 0: every batch anew, as the paper")  # fmt: skip
 
     # Training end to end, --objective end-to-end (ours; see RESULTS.md)
     end_epochs: int = setting(20, COUNT, "of training end to end")

@@ -179,8 +179,8 @@ def test_log_holds_means_over_the_epoch(folder):
 def calm(folder):
     """A run with a tiny eps (the sign of a gradient turns a rounding into a step of full length, so that a real
     attack's pictures differ in a few pixels), and a learning rate that makes RAdam's first five steps count: they
-    follow the bare gradient, so that its scale matters."""
-    options = ["--dataset", "tiny.npz", *TINY, "--eps", "0.00001", "--epochs", "2"]
+    follow the bare gradient, so that its scale matters. Its pictures are attacked once."""
+    options = ["--dataset", "tiny.npz", *TINY, "--eps", "0.00001", "--epochs", "2", "--attack-versions", "2"]
     options += ["--learning-rate", "1e-3", "--learning-rate-start", "3e-7"]
     run(folder, *options, "--name", "calm")
     return options
