@@ -133,7 +133,7 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
     if args.published:
         model, source = load_published(source, classes, shape), next(source.glob("*decoder.safetensors"))
     elif args.ckpt and not whole:
-        model = load_classifier(source, classes)
+        model = load_classifier(source, classes, data.mean, data.std)
     if (args.published or whole) and hasattr(model, "purifier"):
         check_fits(model, source, data.name, shape, classes, state.get("classes"), data.classes)
     model = model.requires_grad_(False).to(args.device)
@@ -153,7 +153,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     if args.judge:
         if not hasattr(model, "purify"):
             raise ValueError("--judge looks at reconstructions, and this model makes none")
-        judge = load_classifier(args.judge, len(data.classes)).to(args.device)
+        judge = load_classifier(args.judge, len(data.classes), data.mean, data.std).to(args.device)
         check_answers(judge, args.judge, data.test_images, len(data.classes), args.device)
     budget = overridden(BUDGETS[args.budget or ("reduced" if data.name == "digits" else "paper")], args)
     budget = dataclasses.replace(budget, n=min(budget.n, len(data.test_labels)))

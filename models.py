@@ -10,6 +10,7 @@ Shapes: B batch, C, H, W image, K classes. A representation is a list of tensors
     logits, representation = record(classifier, representation_layers(28), x)
 """
 
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import numpy as np
@@ -46,6 +47,21 @@ class Norm(nn.BatchNorm2d):
         scale = self.weight / (self.running_var + self.eps).sqrt()  # (C,)
         shift = self.bias - self.running_mean * scale
         return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
+
+
+@contextmanager
+def statistics_kept(network: nn.Module):
+    """Inside, BatchNorm in training mode does not count the pictures in its running statistics: it saw them before."""
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer, layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+    try:
+        for layer in layers:
+            layer.momentum = 0.0
+        yield
+    finally:
+        for layer, momentum, counter in before:
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(counter)
 
 
 class Block(nn.Module):

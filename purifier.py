@@ -15,6 +15,7 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 """
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from aggregate import robust_logits
-from models import record
+from models import record, statistics_kept
 
 # ---------------------------------------------------------------------------------------------------------- blocks
 
@@ -155,7 +156,8 @@ class Purifier(nn.Module):
 
     def _code(self, encoder: nn.Module, layer: torch.Tensor) -> torch.Tensor:
         if self.recompute and self.training:  # inner activations are not kept but computed again in the backward pass
-            return checkpoint(encoder, layer, use_reentrant=False).flatten(1)
+            twice = lambda: (nullcontext(), statistics_kept(encoder))  # noqa: E731
+            return checkpoint(encoder, layer, use_reentrant=False, context_fn=twice).flatten(1)
         return encoder(layer).flatten(1)
 
     def encode(self, x: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

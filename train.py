@@ -15,7 +15,6 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,16 +24,15 @@ import torch.distributed as dist
 from torch import nn
 
 import data as datasets
-from lab.checkpoints import PUBLISHED, load_checkpoint, load_start, save_checkpoint
-from lab.files import check_config
+from lab.checkpoints import PUBLISHED, fingerprint_of, load_checkpoint, load_start
 from lab.perturb import perturbing, recorded
 from lab.presets import PAPER, PRESETS, Preset, add_options, choose_preset
 from lab.ranks import keep_freed_memory, start_ranks
-from lab.robust_training import load_classifier, stage_one, train_end_to_end, unwrapped
-from lab.run import Diverged, Run, Stopped, accuracy, draw_reconstructions, drawing, finite, load_data
+from lab.robust_training import load_classifier, stage_one, train_end_to_end
+from lab.run import DECIDED, Run, Stopped, drawing, fingerprint, finish, load_data
 from lab.start import launched, usable
 from models import WideResNet, representation_layers
-from purifier import CARSO, Purifier, build_carso, vae_loss
+from purifier import CARSO, build_carso, vae_loss
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
 
@@ -76,15 +74,13 @@ class Lookahead:
         self.optimizer.step()
         self.steps += 1
         if self.steps % self.k == 0:
-            for fast, slow in zip(self.fast, self.slow):
-                slow.lerp_(fast, self.alpha)
-                fast.copy_(slow)
+            torch._foreach_lerp_(self.slow, self.fast, self.alpha)
+            torch._foreach_copy_(self.fast, self.slow)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Leave the slow weights in the model."""
-        for fast, slow in zip(self.fast, self.slow):
-            fast.copy_(slow)
+        torch._foreach_copy_(self.fast, self.slow)
 
     def state_dict(self) -> dict:
         return {"optimizer": self.optimizer.state_dict(), "slow": self.slow, "steps": self.steps}
@@ -185,7 +181,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--trust-pickle", action="store_true", help="open such a file even if it runs code")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--micro-batch", type=int, help="to save memory: the classifier's work so many pictures at a time, the "
+    add("--micro-batch", type=int, help="to save memory: attacks and representations so many pictures at a time, the "
         "purifier's activations computed twice; the same result")  # fmt: skip
     add("--save-every", type=float, default=10, help="minutes between checkpoints (default: 10)")
     add_options(parser, Preset)
@@ -198,12 +194,15 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     with torch.device("meta"):
         names = dict(WideResNet(2, p.depth, p.width).named_modules())
     fresh = args.objective == "paper" or args.start == "scratch"
+    decided = ["--" + name.replace("_", "-") for name in DECIDED if getattr(args, name) is not None]
     for refused, sentence in (
         (set(args.tap or ()) - names.keys(), f"--tap: a WRN-{p.depth}-{p.width} has no layer "
          + ", ".join(sorted(set(args.tap or ()) - names.keys()))),
         (args.micro_batch is not None and args.micro_batch < 1, "--micro-batch must be 1 or more"),
         (args.objective == "paper" and args.start, "--from goes with --objective end-to-end"),
         (not fresh and args.classifier, "--classifier goes with --from scratch; else the checkpoint's own is used"),
+        (not fresh and decided, f"{' and '.join(decided)}: the checkpoint that --from names decides that"),
+        (args.mirror and not p.augment, "--mirror true goes with --augment true: it is the crops that are mirrored"),
         (not fresh and args.tap, "--tap goes with --from scratch; otherwise the checkpoint's purifier has its layers"),
         (not fresh and args.stage == "classifier", "--stage classifier trains none when starting from a checkpoint"),
         (args.train_on and (args.classifier or "train") != "train",
@@ -225,25 +224,6 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     return p, args.name or (f"{stem}-end-to-end" if args.objective == "end-to-end" else stem)
 
 
-def finish(run: Run, args, data: datasets.Dataset, carso: CARSO, p: Preset) -> None:
-    """Keep the whole defence as carso.pt, without traces of training on many processes."""
-    if not run.ranks.first:
-        return
-    if not finite(carso.state_dict()):
-        raise Diverged("a weight of the result is not finite, and nothing of it is kept: choose a lower learning rate")
-    draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
-    classifier = unwrapped(carso.classifier, WideResNet(**carso.classifier.config))
-    purifier = unwrapped(carso.purifier, Purifier(**carso.purifier.config))
-    carso = CARSO(classifier, purifier, carso.layers, carso.samples, own_answer=carso.own_answer).to(run.ranks.device)
-    state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": run.config, "classes": data.classes}
-    save_checkpoint(run.folder / "carso.pt", carso, **state)
-    for path in run.folder.glob("*.resume.pt"):
-        path.unlink()
-    shutil.rmtree(run.folder / "attacked", ignore_errors=True)
-    run.say(f"CARSO: clean {accuracy(carso, data, 500):.1%} on {min(500, len(data.test_labels))} test pictures")
-    run.say(f"now: python evaluate.py --ckpt {run.folder / 'carso.pt'}")
-
-
 def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
@@ -257,10 +237,13 @@ def main() -> int:
         asked = ("dataset", "classifier", "seed", "start", "train_on", "tap")
         config = {field: getattr(args, field) for field in asked} | dataclasses.asdict(p)
         config["objective"] = args.objective if args.start else None
-        run = Run(folder, config, ranks, 60 * args.save_every)
-        check_config(folder / "config.json", config, "--name", write=False)
-        if (folder / "carso.pt").is_file():
-            load_checkpoint(folder / "carso.pt")
+        if args.start not in (None, "scratch"):
+            config = {k: v for k, v in config.items() if k not in DECIDED}
+        run, done = Run(folder, config, ranks, 60 * args.save_every), ranks.agree((folder / "carso.pt").is_file())
+        run.settle(done, format=2, data=fingerprint(data))
+        if done:
+            if ranks.first:
+                load_checkpoint(folder / "carso.pt")
             run.say(f"{folder / 'carso.pt'} is complete: attack it with evaluate.py --ckpt, or choose another --name")
             return 0
         start = classifier = None
@@ -268,8 +251,8 @@ def main() -> int:
             start = load_start(args.start, data, ranks.device)
         elif args.train_on or args.classifier != "train":
             classifier = load_classifier(args.train_on or args.classifier, args, data, p, ranks)
-        if ranks.first:
-            check_config(folder / "config.json", config, "--name")
+        given = start or classifier
+        run.settle(write=ranks.first, weights=fingerprint_of(given) if given else None)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -281,7 +264,7 @@ def main() -> int:
             f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip
     try:
         if start is None and (classifier is None or args.train_on):
-            classifier = stage_one(run, data, p, classifier)
+            classifier = stage_one(run, data, p, classifier, args.micro_batch)
         if args.stage == "classifier":
             run.say(
                 f"now: python evaluate.py --ckpt {folder / 'classifier.pt'} --dataset {args.dataset} --eps {p.eps:g}"
@@ -293,7 +276,7 @@ def main() -> int:
             layers = args.tap or representation_layers(classifier.config["depth"])
             start = build_carso(classifier, layers, shape, p.samples, **sizes).to(ranks.device)
         if args.objective == "end-to-end":
-            train_end_to_end(run, data, start, p)
+            train_end_to_end(run, data, start, p, args.micro_batch)
         else:
             train_purifier(run, data, start, p, args.micro_batch)
         finish(run, args, data, start, p)
@@ -303,8 +286,12 @@ def main() -> int:
     except KeyboardInterrupt:
         run.say("stopped; the same command goes on from the last checkpoint")
         return 130
-    except Diverged as error:
+    except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError:
+        print("train.py: the GPU's memory is not enough: add --micro-batch 64, say, and the command goes on from "
+              "the last checkpoint; or choose smaller batches, and another --name", file=sys.stderr)  # fmt: skip
         return 2
     except OSError as error:
         print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -127,7 +127,7 @@ def load_published_classifier(path, num_classes: int, mean=None, std=None, trust
     the CARSO authors' safetensors; depth, width and channels are read off the tensors. The result is in eval mode.
 
     Args:
-        mean, std: the normalisation of the data it was trained on. Default: the file's own if it holds one, else that
+        mean, std: the normalisation of the data it was trained on, where the file does not hold its own. Default: that
             of the paper's data set with this number of classes.
         trust_pickle: open an old checkpoint that holds more than plain tensors. This runs code from the file.
     Raises:
@@ -136,9 +136,8 @@ def load_published_classifier(path, num_classes: int, mean=None, std=None, trust
     weights = _strip_wrapping(read_tensors(path, trust_pickle))
     buffers = {name: weights.pop(name) for name in ("mean", "std", "mu", "sigma") if name in weights}
     if mean is None:
-        known = NORMALISATION.get(PUBLISHED_DATA.get(num_classes))
-        mean = buffers.get("mean", buffers.get("mu", known and known[0]))
-        std = buffers.get("std", buffers.get("sigma", known and known[1]))
+        mean, std = NORMALISATION.get(PUBLISHED_DATA.get(num_classes), (None, None))
+    mean, std = buffers.get("mean", buffers.get("mu", mean)), buffers.get("std", buffers.get("sigma", std))
     if mean is None or std is None:
         raise ValueError(f"{path} holds no mean and std, and {num_classes} classes name none: pass mean= and std=")
 

@@ -69,7 +69,7 @@ def attack_training_set(run: Run, data: datasets.Dataset, classifier, p: Preset,
     Each process makes its share of the chunks, and all get all. A chunk is a file, so that a killed run goes on."""
     ranks, count, versions = run.ranks, len(data.train_labels), p.attack_versions
     shape = (versions, count, *data.train_images.shape[1:])
-    differences = torch.zeros(shape, dtype=torch.float16, device=roomy(ranks.device, 2 * torch.Size(shape).numel()))
+    differences = torch.zeros(shape, dtype=torch.float16, device=ranks.room(2 * torch.Size(shape).numel()))
     chunks = [(version, part) for version in range(versions) for part in torch.arange(count).split(CHUNK)]
     run.say(f"attack: {versions} version(s) of {count} pictures")
     with run.stopping_gently():
@@ -92,12 +92,6 @@ def attack_training_set(run: Run, data: datasets.Dataset, classifier, p: Preset,
     for whole in differences:  # the other processes' places hold zeros
         whole.copy_(ranks.sum(whole.to(ranks.device)))
     return differences
-
-
-def roomy(device: torch.device, size: int) -> torch.device:
-    """The device, if `size` bytes take less than a quarter of what is free there; else the processor's memory."""
-    fits = device.type != "cuda" or 4 * size < torch.cuda.mem_get_info(device)[0]
-    return device if fits else torch.device("cpu")
 
 
 def attacked(classifier, x, y, p: Preset, fraction: float, first: int, start: torch.Tensor) -> torch.Tensor:

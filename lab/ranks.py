@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import io
 import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,31 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def agree(self, flag: bool) -> bool:
+        """What the first process says."""
+        return bool(self.sum(torch.tensor(float(flag and self.first), device=self.device)) > 0)
+
+    def load(self, path: Path) -> dict | None:
+        """A file of tensors as the first process finds it, on the CPU, or None where it finds none: so all stand at the
+        same step, also where processes do not share a folder. ValueError if it is not whole."""
+        content = path.read_bytes() if self.first and path.is_file() else b""
+        if self.count > 1:
+            size = self.sum(torch.tensor(len(content), device=self.device)).item()
+            whole = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            if content:
+                whole.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            dist.broadcast(whole, 0)
+            content = whole.cpu().numpy().tobytes()
+        try:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if content else None
+        except Exception:  # torch raises anything on a file that it does not know
+            raise ValueError(f"{path} is damaged; delete it, and what it holds is made again") from None
+
+    def room(self, size: int) -> torch.device:
+        """This rank's device, if `size` bytes take less than a quarter of what is free there; else the CPU."""
+        fits = self.device.type != "cuda" or 4 * size < torch.cuda.mem_get_info(self.device)[0]
+        return self.device if fits else torch.device("cpu")
+
     @contextlib.contextmanager
     def one_by_one(self):
         """One process of each node goes first (it downloads and caches), then the others."""
@@ -42,18 +69,23 @@ class Ranks:
         if self.count > 1 and int(os.environ["LOCAL_RANK"]) == 0:
             dist.barrier()
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over the ranks, and BatchNorm over the global batch."""
+    def wrap(self, module: nn.Module, trained: nn.Module | None = None) -> nn.Module:
+        """The module with gradients averaged over the ranks, and BatchNorm over the global batch in the part of it that
+        is trained (default: all)."""
         if self.count == 1:
             return module
-        if self.device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-            return DistributedDataParallel(module, device_ids=[self.device.index], broadcast_buffers=False)
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.forward = partial(global_batch_norm, layer)  # SyncBatchNorm is for GPUs only
+        trained = module if trained is None else trained
+        own = [self.device.index] if self.device.type == "cuda" else None
+        if own:
+            nn.SyncBatchNorm.convert_sync_batchnorm(trained)  # in place, but for a module that is itself a BatchNorm
+        else:
+            for layer in trained.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.forward = partial(global_batch_norm, layer)  # SyncBatchNorm is for GPUs only
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is not in older versions
-            return DistributedDataParallel(module, broadcast_buffers=False)
+            return DistributedDataParallel(
+                module, device_ids=own, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
 
 def global_batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
@@ -107,8 +139,9 @@ def start_ranks(device: str | None) -> Ranks:
     )
     store = dist.PrefixStore(f"attempt {e.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=int(e["RANK"]), world_size=int(e["WORLD_SIZE"]))
-    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    own = torch.device(device, int(e["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    ranks = dict(rank=int(e["RANK"]), world_size=int(e["WORLD_SIZE"]))
+    dist.init_process_group(backend, store=store, device_id=own if device == "cuda" else None, **ranks)
     return Ranks(dist.get_rank(), dist.get_world_size(), own)
 
 

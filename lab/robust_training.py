@@ -20,7 +20,8 @@ from lab.checkpoints import PUBLISHED, fetch_published_classifier, load_publishe
 from lab.files import write_atomically
 from lab.presets import Preset
 from lab.ranks import Ranks
-from lab.run import Run, accuracy, drawing
+from lab.run import Run, accuracy, drawing, unwrapped
+from lab.tensors import load_state
 from models import WideResNet
 from purifier import CARSO
 
@@ -38,18 +39,17 @@ def augmented(run: Run, x: torch.Tensor, indices, generator: torch.Generator, p:
     return datasets.augment(x, run.ranks.share(draws), p.mirror)
 
 
-def unwrapped(trained: nn.Module, fresh: nn.Module) -> nn.Module:
-    """The same weights in a module without traces of training on many ranks."""
-    fresh.load_state_dict(trained.state_dict())
-    return fresh
+def piecewise(attack, x: torch.Tensor, limit: int | None) -> torch.Tensor:
+    """attack(rows), a function of indices into x, at most `limit` pictures at a time."""
+    return torch.cat([attack(rows) for rows in torch.arange(len(x), device=x.device).split(limit or len(x))])
 
 
 # ---------------------------------------------------------------------------------------------------- the classifier
 
 
-def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start: WideResNet | None = None) -> WideResNet:
+def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start=None, limit=None) -> WideResNet:
     """PGD adversarial training (Madry et al. 2018) with an averaged copy of the weights as the result; from fresh
-    weights, or on from those of `start`."""
+    weights, or on from those of the WideResNet `start`. limit: pictures attacked at a time."""
     ranks, device = run.ranks, run.ranks.device
     torch.manual_seed(run.config["seed"])
     classifier = WideResNet(len(data.classes), p.depth, p.width, data.train_images.shape[1], data.mean, data.std)
@@ -79,10 +79,12 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start: WideRes
         classifier.eval()
         step_size = 2.5 * eps / p.classifier_attack_steps  # the steps could cross the ball (Madry et al.)
         with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-            x = pgd(classifier, x, y, eps, p.classifier_attack_steps, step_size, noise=noise)
+            steps = p.classifier_attack_steps
+            attack = lambda i: pgd(classifier, x[i], y[i], eps, steps, step_size, noise=noise[i])  # noqa: E731
+            attacked = piecewise(attack, x, limit)
         network.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-            logits = network(x).float()
+            logits = network(attacked).float()
         loss = F.cross_entropy(logits, y, reduction="sum")
         optimizer.param_groups[0]["lr"] = float(lr)
         optimizer.zero_grad()
@@ -104,8 +106,8 @@ def load_classifier(weights: str, args, data: datasets.Dataset, p: Preset, ranks
         expected = PUBLISHED[args.dataset][1]
         with ranks.one_by_one():
             file = fetch_published_classifier(args.dataset, args.data_dir)
-    mean_std = (data.mean, data.std) if args.dataset not in PUBLISHED else (None, None)
-    classifier = load_published_classifier(file, len(data.classes), *mean_std, args.trust_pickle).to(ranks.device)
+    classifier = load_published_classifier(file, len(data.classes), data.mean, data.std, args.trust_pickle)
+    classifier.to(ranks.device)
     clean = accuracy(classifier, data, 1000)
     if ranks.first:
         print(f"classifier: {file}, clean accuracy {clean:.1%} on {min(1000, len(data.test_labels))} test pictures")
@@ -119,12 +121,17 @@ def load_classifier(weights: str, args, data: datasets.Dataset, p: Preset, ranks
     return classifier
 
 
-def stage_one(run: Run, data: datasets.Dataset, p: Preset, start: WideResNet | None = None) -> WideResNet:
-    """Train a classifier, measure it, keep it as classifier.pt; or take the one that this run made before."""
+def stage_one(run: Run, data: datasets.Dataset, p: Preset, start=None, limit=None) -> WideResNet:
+    """Train a classifier (see train_classifier), measure it, keep it as classifier.pt; or take the one that this run
+    made before."""
     path = run.folder / "classifier.pt"
-    if path.is_file():
-        return load_published_classifier(path, len(data.classes)).to(run.ranks.device)
-    classifier = train_classifier(run, data, p, start)
+    if kept := run.ranks.load(path):
+        weights = kept["state_dict"]
+        mean, std = weights.pop("mean"), weights.pop("std")
+        classifier = WideResNet(len(data.classes), p.depth, p.width, len(mean), mean, std)
+        load_state(classifier, weights, path)
+        return classifier.to(run.ranks.device).eval()
+    classifier = train_classifier(run, data, p, start, limit)
     attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)
     torch.manual_seed(0)
     clean, robust = accuracy(classifier, data, 500), accuracy(classifier, data, 500, attack)
@@ -149,21 +156,22 @@ class WholePass(nn.Module):
         return self.carso.answers(x, z)
 
 
-def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) -> None:
+def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, limit: int | None = None) -> None:
     """Adversarial training of the purifier inside the whole defence (ours; the paper leaves it as future work). The
     classifier stays frozen.
 
     The pictures are attacked by PGD through classifier, purifier, classifier and aggregation, with fresh latent draws
     at every step (EoT); BatchNorm uses its running statistics in the attack, the batch's in the update. The loss is
     the cross-entropy of the aggregated answer, plus the reconstruction's BCE towards the clean picture (a mean over
-    its values), so that the members stay pictures. An average of the weights is the result.
+    its values), so that the members stay pictures. An average of the weights is the result. limit: pictures attacked
+    at a time, to save memory; the purifier's activations are computed twice then.
     """
     ranks, device, purifier = run.ranks, run.ranks.device, carso.purifier
-    carso.own_answer = p.own_answer
+    carso.own_answer, purifier.recompute = p.own_answer, limit is not None
     for encoder in (purifier.image_encoder, purifier.joint_head, purifier.to_mu, purifier.to_logvar):
         encoder.requires_grad_(False)  # z comes from the prior, as in use
     optimizer = torch.optim.Adam([q for q in purifier.parameters() if q.requires_grad], p.end_learning_rate)
-    network = ranks.wrap(WholePass(carso))
+    network = ranks.wrap(WholePass(carso), trained=purifier)
     count, size = len(data.train_labels), p.end_batch_size
     steps_an_epoch = len(datasets.batches(count, size, 0, 0))
     average = averaged(purifier, steps_an_epoch)
@@ -175,17 +183,21 @@ def train_end_to_end(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset) 
         noise = run.uniform(clean, indices, generator)
         clean = augmented(run, clean, indices, generator, p)
         shape = (p.end_attack_steps + 1, len(indices), p.end_samples, purifier.config["latent_dim"])
-        z = iter([ranks.share(part) for part in torch.randn(shape, generator=generator, device=device)])
+        *draws, last = (ranks.share(part) for part in torch.randn(shape, generator=generator, device=device))
+
+        def attack(rows):
+            z = iter(draws)  # fresh ones at every step
+            return pgd(
+                lambda x: robust_logits(carso.member_logits(x, next(z)[rows])), clean[rows], y[rows], p.eps,
+                p.end_attack_steps, 2.5 * p.eps / p.end_attack_steps, noise=noise[rows],
+            )  # fmt: skip
 
         carso.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-            x = pgd(
-                lambda x: robust_logits(carso.member_logits(x, next(z))), clean, y, p.eps, p.end_attack_steps,
-                2.5 * p.eps / p.end_attack_steps, noise=noise,
-            )  # fmt: skip
+            x = piecewise(attack, clean, limit)
         network.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-            reconstructions, members = network(x, next(z))
+            reconstructions, members = network(x, last)
         logits = robust_logits(members)
         cross_entropy = F.cross_entropy(logits, y, reduction="sum")
         reconstructions = reconstructions.nan_to_num(0.5)  # the cross-entropy is NaN then, and ends the run

@@ -5,7 +5,9 @@ process takes its own rows: so the result does not depend on their number, and r
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,9 +18,12 @@ from tqdm import tqdm
 
 import data as datasets
 from attacks import pgd
-from lab.files import save_grid, write_atomically, write_text
+from lab.checkpoints import save_checkpoint
+from lab.files import check_config, read_json, save_grid, write_atomically, write_text
 from lab.presets import Preset, fit_batches
 from lab.ranks import Ranks
+from models import WideResNet
+from purifier import CARSO, Purifier
 
 
 class Stopped(Exception):
@@ -37,12 +42,26 @@ def finite(state) -> bool:
     return all(map(finite, inner))
 
 
+IDENTITY = ("format", "data", "weights")  # what a run stands on and no option tells
+DECIDED = ("depth", "width", "condition_dim", "latent_dim", "decoder_width", "samples")  # by a checkpoint to go on from
+
+
 class Run:
     """One folder, one configuration, one set of ranks: stepping, saving, resuming, logging."""
 
     def __init__(self, folder: Path, config: dict, ranks: Ranks, save_every: float):
         self.folder, self.config, self.ranks, self.save_every = folder, config, ranks, save_every
         self.last_save, self.stopping = time.monotonic(), False
+        self.window = 1 if ranks.device.type == "cpu" else 10  # steps between two looks at sums: a GPU is waited for
+
+    def settle(self, complete: bool = False, write: bool = False, **identity) -> None:
+        """Compare the folder's configuration with ours, `identity` included from now on; write it where there is none.
+        What we do not know (yet), and what a complete run of an earlier version did not write down, is not compared.
+        ValueError where something differs."""
+        path, self.config = self.folder / "config.json", self.config | identity
+        old = read_json(path) if path.is_file() else {}
+        unknown = [k for k in IDENTITY + DECIDED if k not in self.config or (complete and k not in old)]
+        check_config(path, self.config | {k: old.get(k) for k in unknown}, "--name", write)
 
     @contextlib.contextmanager
     def stopping_gently(self):
@@ -73,8 +92,8 @@ class Run:
     def pictures(self, data: datasets.Dataset, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's part of a global batch: x (b, C, H, W) in [0, 1], y (b,)."""
         mine = self.ranks.share(indices)
-        x = datasets.pixels(data.train_images[mine].to(self.ranks.device))
-        return x, data.train_labels[mine].to(self.ranks.device)
+        images, labels = (part[mine.to(part.device)] for part in (data.train_images, data.train_labels))
+        return datasets.pixels(images.to(self.ranks.device)), labels.to(self.ranks.device)
 
     def uniform(self, x: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """PGD's random start for this rank's pictures, in [-1, 1], of x's shape; drawn for the global batch."""
@@ -89,13 +108,12 @@ class Run:
             `first` since the start, and returns the sums over its rows of what `columns` names.
         Every epoch's means over all pictures become a row of log.tsv.
         """
-        path = self.folder / f"{stage}.resume.pt"
+        path, device = self.folder / f"{stage}.resume.pt", self.ranks.device
         epoch_now, step_now, rows, sums = 0, 0, [], torch.zeros(len(columns), dtype=torch.float64)
-        if path.is_file():
-            saved = torch.load(path, map_location=self.ranks.device, weights_only=True)
+        if saved := self.ranks.load(path):  # on the CPU: on a GPU each of RAdam's counters would have to be waited for
             for name, part in parts.items():
-                part.load_state_dict(saved["parts"][name])
-            epoch_now, step_now, rows, sums = saved["epoch"], saved["step"], saved["rows"], saved["sums"].cpu()
+                part.load_state_dict(saved["parts"].pop(name))
+            epoch_now, step_now, rows, sums = saved["epoch"], saved["step"], saved["rows"], saved["sums"]
             self.say(f"{stage}: going on at epoch {epoch_now}, step {step_now}")
 
         def diverged(what, epoch, step) -> Diverged:
@@ -123,15 +141,19 @@ class Run:
             quiet = None if self.ranks.first else True
             bar = tqdm(range(step_now, len(order)), f"{stage} {epoch}", leave=False, disable=quiet)
             epoch_started, pictures = time.monotonic(), 0
+            gathered = torch.zeros(len(columns), dtype=torch.float64, device=device)  # over this rank's last steps
             for number in bar:
                 first = epoch * count + sum(len(indices) for indices in order[:number])
                 values = step(epoch, number, order[number], first)
-                values = torch.cat([values.double(), values.new_tensor([float(self.stopping)]).double()])
-                values = self.ranks.sum(values).cpu()
+                gathered, steps_done = gathered + values.double(), steps_done + 1
+                pictures += len(order[number])
+                if (number + 1) % self.window and number + 1 < len(order):
+                    continue
+                values = torch.cat([gathered, gathered.new_tensor([float(self.stopping)])])
+                values, gathered = self.ranks.sum(values).cpu(), torch.zeros_like(gathered)
                 sums += values[:-1]
                 if not finite(sums):
                     raise diverged("the loss", epoch, number)
-                pictures, steps_done = pictures + len(order[number]), steps_done + 1
                 if values[-1] > 0:
                     save(epoch, number + 1)
                     raise Stopped(f"{stage} epoch {epoch}, step {number + 1}")
@@ -200,6 +222,31 @@ def drawing(run: Run, carso, data: datasets.Dataset, p: Preset, epochs: int):
     return after_epoch
 
 
+def unwrapped(trained: nn.Module, fresh: nn.Module) -> nn.Module:
+    """The same weights in a module without traces of training on many ranks."""
+    fresh.load_state_dict(trained.state_dict())
+    return fresh
+
+
+def finish(run: Run, args, data: datasets.Dataset, carso: CARSO, p: Preset) -> None:
+    """Keep the whole defence as carso.pt, without traces of training on many processes."""
+    if not run.ranks.first:
+        return
+    if not finite(carso.state_dict()):
+        raise Diverged("a weight of the result is not finite, and nothing of it is kept: choose a lower learning rate")
+    draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
+    classifier = unwrapped(carso.classifier, WideResNet(**carso.classifier.config))
+    purifier = unwrapped(carso.purifier, Purifier(**carso.purifier.config))
+    carso = CARSO(classifier, purifier, carso.layers, carso.samples, own_answer=carso.own_answer).to(run.ranks.device)
+    state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": run.config, "classes": data.classes}
+    save_checkpoint(run.folder / "carso.pt", carso, **state)
+    for path in run.folder.glob("*.resume.pt"):
+        path.unlink()
+    shutil.rmtree(run.folder / "attacked", ignore_errors=True)
+    run.say(f"CARSO: clean {accuracy(carso, data, 500):.1%} on {min(500, len(data.test_labels))} test pictures")
+    run.say(f"now: python evaluate.py --ckpt {run.folder / 'carso.pt'}")
+
+
 def load_data(args, p: Preset, ranks: Ranks) -> tuple[datasets.Dataset, Preset]:
     """The data set, which one process of each node downloads and caches before the others read it, and the preset with
     batches that fit it. ValueError where they do not suit BatchNorm or the processes."""
@@ -217,4 +264,16 @@ def load_data(args, p: Preset, ranks: Ranks) -> tuple[datasets.Dataset, Preset]:
             print(f"{option} {size} instead of {usual}, for ten batches an epoch; its learning rate falls with it")
         if size % ranks.count and ranks.first:
             print(f"{option} {size} over {ranks.count} processes: their shares differ by one picture")
+    if ranks.device.type == "cuda" and ranks.room(data.train_images.nbytes) == ranks.device:
+        parts = dict(train_images=data.train_images.to(ranks.device), train_labels=data.train_labels.to(ranks.device))
+        data = dataclasses.replace(data, **parts)
     return data, p
+
+
+def fingerprint(data: datasets.Dataset) -> str:
+    """Of its training pictures and labels, as hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (data.train_images, data.train_labels):
+        digest.update(f"{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

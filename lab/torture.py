@@ -25,10 +25,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TRAIN = (
-    "--dataset ../tiny.npz --preset digits --name run --epochs 3 --batch-size 9 --classifier-epochs 2 --samples 2 "
-    "--classifier-batch-size 24 --attack-steps 2 --classifier-attack-steps 1 --condition-dim 8 --latent-dim 4 "
-    "--decoder-width 8 --device cpu --save-every 0 "
+    "--dataset ../tiny.npz --preset digits --name run --epochs 3 --batch-size 9 --classifier-epochs 2 --attack-steps 2 "
+    "--attack-versions 2 --classifier-batch-size 24 --classifier-attack-steps 1 --device cpu --save-every 0 "
 )
+SIZES = "--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2"
 END = "--objective end-to-end --from ../carso.pt --end-epochs 2 --end-batch-size 9 --end-attack-steps 2"
 EVALUATE = (
     "--ckpt ../carso.pt --out evaluation --pictures 8 --steps 2 --eot 2 --queries 3 --targets 1 --select 2 --draws 2 "
@@ -96,7 +96,8 @@ def main() -> int:
     args = parser.parse_args()
     script = {name: [sys.executable, str(ROOT / f"{name}.py")] for name in ("train", "evaluate")}
     work = {
-        "train": (script["train"] + TRAIN.split(), weights, (2 * args.kills + 2) // 3),  # two of the three stages
+        # two of the three stages
+        "train": (script["train"] + (TRAIN + SIZES).split(), weights, (2 * args.kills + 2) // 3),
         "end-to-end": (script["train"] + (TRAIN + END).split(), weights, (args.kills + 2) // 3),
         "evaluate": (script["evaluate"] + EVALUATE.split(), rows, args.kills),
     }

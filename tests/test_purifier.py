@@ -280,3 +280,18 @@ def test_the_authors_files_at_full_size(tmp_path):
     x, z = torch.rand(1, 3, 32, 32), torch.randn(1, 2, 128)
     with torch.no_grad():
         assert_close(loaded(x, z), carso(x, z), rtol=0, atol=0)
+
+
+def test_recomputing_counts_a_batch_once(tiny_carso):
+    """The same gradients, and the same running statistics, although the layers' encoders run twice."""
+    ways = []
+    for recompute in (False, True):
+        purifier = copy.deepcopy(tiny_carso.purifier).train()
+        purifier.recompute, x = recompute, torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            representation = record(tiny_carso.classifier, tiny_carso.layers, x)[1]
+        reconstruction, mu, logvar = purifier(x, representation, torch.zeros(6, 4))
+        vae_loss(reconstruction, x, mu, logvar, 1.0)[0].backward()
+        ways.append([*purifier.state_dict().values(), *(p.grad for p in purifier.parameters())])
+    for plain, again in zip(*ways, strict=True):
+        assert_close(plain, again)

@@ -7,7 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from lab.ranks import Ranks, global_batch_norm
-from lab.run import Run
+from lab.robust_training import WholePass
+from lab.run import Diverged, Run, Stopped
 
 
 @pytest.fixture
@@ -40,6 +41,43 @@ def test_global_batch_norm_is_batch_norm(one_rank, shape, dtype):
     assert ways[0][0].dtype == dtype
     for mine, other in zip(*ways, strict=True):
         assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+def test_only_what_is_trained_is_synchronised(one_rank, tiny_carso):
+    Ranks(0, 2, torch.device("cpu")).wrap(WholePass(tiny_carso), tiny_carso.purifier)
+    for part, replaced in ((tiny_carso.classifier, False), (tiny_carso.purifier, True)):
+        for layer in part.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                assert ("forward" in vars(layer)) == replaced
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_sums_are_complete_however_seldom_they_are_looked_at(tmp_path, window):
+    """Also when the run is stopped in between and goes on: steps are saved with all their sums."""
+
+    def ready():
+        run = Run(tmp_path, {"seed": 0}, Ranks(0, 1, torch.device("cpu")), 60)
+        run.window = window
+        return run
+
+    def step(epoch, number, indices, first):
+        run.stopping |= (epoch, number) == stop_at
+        return indices.sum()[None]
+
+    run, stop_at = ready(), (1, 1)
+    with pytest.raises(Stopped, match=f"epoch 1, step { {1: 2, 3: 3, 100: 8}[window] }"):
+        run.train("stage", 2, 72, 9, {}, ["sum"], step)
+    run, stop_at = ready(), None
+    run.train("stage", 2, 72, 9, {}, ["sum"], step)
+    assert (tmp_path / "log-stage.tsv").read_text().splitlines()[1:] == ["0\t35.5", "1\t35.5"]
+
+
+def test_a_number_that_is_not_finite_stops_at_the_next_look(tmp_path):
+    run = Run(tmp_path, {"seed": 0}, Ranks(0, 1, torch.device("cpu")), 0)
+    run.window, sums = 2, [torch.tensor([float(n) if n != 4 else torch.nan]) for n in range(8)]
+    with pytest.raises(Diverged, match="stage: the loss is not finite at epoch 0, step 5"):
+        run.train("stage", 1, 72, 9, {}, ["sum"], lambda epoch, number, *_: sums[number])
+    assert not list(tmp_path.iterdir())
 
 
 def test_random_numbers_follow_from_seed_stage_epoch_and_step():

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,10 +94,11 @@ def test_schedules_move_by_step_where_an_epoch_is_short():
 
 # -------------------------------------------------------------------------------------------------- the real script
 
-TINY = (
+BUDGET = (
     "--preset digits --epochs 3 --batch-size 9 --classifier-epochs 1 --classifier-batch-size 24 --attack-steps 2 "
-    "--classifier-attack-steps 1 --condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2 --device cpu"
+    "--classifier-attack-steps 1 --device cpu"
 ).split()
+TINY = [*BUDGET, *"--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2".split()]
 # The scripts run in one thread: with another number sums round in another order, and many processes share two cores.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -232,7 +234,7 @@ END = ["--objective", "end-to-end", "--end-epochs", "2", "--end-batch-size", "9"
 def end_to_end(folder):
     """Options of a run from the paper-trained checkpoint, and its result, named end. Like calm, with a tiny eps."""
     start = ["--from", "runs/whole/carso.pt", "--eps", "0.00001", "--end-learning-rate", "3e-4"]
-    options = ["--dataset", "tiny.npz", *TINY, *END, *start]
+    options = ["--dataset", "tiny.npz", *BUDGET, *END, *start]
     run(folder, *options, "--name", "end")
     return options
 
@@ -301,7 +303,8 @@ def test_forty_digits_train_with_no_other_option(tmp_path, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("stage", ["classifier", "purifier", "end-to-end"])
 def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, stage, monkeypatch, capsys):
-    options = ["--dataset", "tiny.npz", *TINY, "--name", f"diverged-{stage}", "--save-every", "0"]
+    settings = BUDGET if stage == "end-to-end" else TINY
+    options = ["--dataset", "tiny.npz", *settings, "--name", f"diverged-{stage}", "--save-every", "0"]
     options += {
         "classifier": ["--classifier-learning-rate", "1e30"],
         "purifier": ["--classifier", "runs/whole/classifier.pt", "--learning-rate-start", "1e30"],
@@ -326,6 +329,55 @@ def test_grey_pictures_of_two_classes_from_training_to_report(tmp_path, monkeypa
     options = "--ckpt runs/mnist/carso.pt --out report --steps 1 --eot 1 --draws 2 --device cpu --attack apgd"
     here(evaluate, tmp_path, options.split(), monkeypatch, capsys)
     assert json.loads((tmp_path / "report" / "report.json").read_text())["n"] == 6
+
+
+APART = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+if os.environ["RANK"] == "1":
+    os.chdir("elsewhere")
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def test_processes_without_a_shared_folder_go_on_at_the_same_step(folder, calm, monkeypatch, capsys):
+    """One process is stopped in the second epoch; of the two that go on, only one sees what it left."""
+    steps, real = iter(range(100)), Lookahead.step
+    terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(Lookahead, "step", lambda self: real(self) or (next(steps) == 9 and terminate()))
+    output = here(train, folder, [*calm, "--name", "apart"], monkeypatch, capsys, code=130)
+    assert "stopped at purifier epoch 1, step 2" in output
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "tiny.npz").symlink_to(folder / "tiny.npz")
+    (folder / "apart.py").write_text(APART.format(root=str(ROOT)))
+    how = command(folder, *calm, "--name", "apart", ranks=2)
+    how["args"] = [str(folder / "apart.py") if a == str(ROOT / "train.py") else a for a in how["args"]]
+    done = subprocess.run(**how, timeout=200)
+    assert done.returncode == 0 and "purifier: going on at epoch 1, step 2" in done.stdout, done.stdout
+    same_weights(folder, "calm", "apart", rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_stands_on_the_same_data_and_weights(folder, tmp_path, monkeypatch, capsys):
+    """And on a checkpoint that is whole. Each is told before anything is changed."""
+    arrays = dict(np.load(folder / "tiny.npz"))
+    shutil.copy(folder / "tiny.npz", tmp_path)
+    kept = torch.load(folder / "runs" / "whole" / "classifier.pt", weights_only=True)
+    torch.save(kept, tmp_path / "weights.pt")
+    options = ["--dataset", "tiny.npz", *TINY, "--classifier", "weights.pt", "--name", "one"]
+    monkeypatch.setattr(train, "train_purifier", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    here(train, tmp_path, options, monkeypatch, capsys, code=130)
+    np.savez(tmp_path / "tiny.npz", **arrays | {"train_images": arrays["train_images"] // 2})
+    assert re.search("data: .* there, .* now", refusal(train, tmp_path, options, monkeypatch, capsys))
+    np.savez(tmp_path / "tiny.npz", **arrays)
+    kept["state_dict"]["logits.bias"] += 1
+    torch.save(kept, tmp_path / "weights.pt")
+    assert re.search("weights: .* there, .* now", refusal(train, tmp_path, options, monkeypatch, capsys))
+    kept["state_dict"]["logits.bias"] -= 1
+    monkeypatch.undo()
+    torch.save(torch.load(folder / "runs" / "whole" / "classifier.pt", weights_only=True), tmp_path / "weights.pt")
+    (tmp_path / "runs" / "one" / "purifier.resume.pt").write_bytes(b"PK half a file")
+    output = refusal(train, tmp_path, options, monkeypatch, capsys)
+    assert "purifier.resume.pt is damaged; delete it" in output
 
 
 def test_torchrun_restarts_a_killed_process_and_training_goes_on(folder):
@@ -394,6 +446,8 @@ def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, 
         (["--objective", "end-to-end"], "no runs/digits/carso.pt to start from"),
         (["--objective", "end-to-end", "--classifier", "train"], "goes with --from scratch"),
         (["--objective", "end-to-end", "--tap", "init_conv"], "--tap goes with --from scratch"),
+        (["--objective", "end-to-end", "--width", "2", "--samples", "3"], "--width and --samples: the checkpoint that"),
+        (["--mirror", "true"], "goes with --augment true"),
         (["--tap", "init_conv", "layer.9"], "WRN-10-1 has no layer layer.9"),
         (["--from", "scratch"], "goes with --objective end-to-end"),
         (["--train-on", "a.pt", "--classifier", "b.pt"], "exclude each other"),
