@@ -117,7 +117,8 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
     classifier, purifier = carso.classifier, carso.purifier
     network = ranks.wrap(purifier)
     purifier.recompute = micro_batch is not None
-    optimizer = torch.optim.RAdam(purifier.parameters(), lr=p.learning_rate_start, betas=(0.9, 0.999), eps=1e-8)
+    settings = dict(betas=(0.9, 0.999), eps=1e-8, foreach=True)  # on a CPU twice as fast as one tensor after another
+    optimizer = torch.optim.RAdam(purifier.parameters(), lr=p.learning_rate_start, **settings)
     lookahead = Lookahead(optimizer, k=6, alpha=0.8)
     count = len(data.train_labels)
     steps = len(datasets.batches(count, p.batch_size, 0, 0))

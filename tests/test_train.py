@@ -253,10 +253,14 @@ def test_end_to_end_trains_the_decoders_path_and_nothing_else(folder, end_to_end
     assert log.shape == (2, 4) and (0 < log[:, 2]).all() and (log[:, 2] < 1.5).all()  # BCE a value
 
 
-def test_end_to_end_on_two_processes(folder, end_to_end):
-    run(folder, *end_to_end, "--name", "end-2", ranks=2)
-    same_weights(folder, "end", "end-2", rtol=0.02, atol=0.02)  # Adam makes steps of full length of roundings, too
-    logs = [np.loadtxt(folder / "runs" / name / "log-end-to-end.tsv", skiprows=1) for name in ("end", "end-2")]
+@pytest.mark.parametrize("how", ["two processes", "micro-batches"])
+def test_end_to_end_is_the_same_up_to_the_order_of_summation(folder, end_to_end, how, monkeypatch, capsys):
+    if how == "two processes":
+        run(folder, *end_to_end, "--name", f"end {how}", ranks=2)
+    else:
+        here(train, folder, [*end_to_end, "--name", f"end {how}", "--micro-batch", "4"], monkeypatch, capsys)
+    same_weights(folder, "end", f"end {how}", rtol=0.02, atol=0.02)  # Adam makes steps of full length of roundings, too
+    logs = [np.loadtxt(folder / "runs" / name / "log-end-to-end.tsv", skiprows=1) for name in ("end", f"end {how}")]
     np.testing.assert_allclose(*logs, rtol=1e-3)
 
 
