@@ -117,7 +117,7 @@ PRESETS = {
         condition_dim=64, latent_dim=16, decoder_width=64,
         epochs=24, batch_size=64, learning_rate=4e-3, learning_rate_start=5e-9, learning_rate_end=4e-6,
         warmup=3, plateau=6, kl_from=3, kl_to=6, eps=0.2, attack_steps=10, attack_step_size=0.05,
-        end_epochs=14, end_batch_size=64,
+        attack_versions=4, end_epochs=14, end_batch_size=64,
     ),
     "cifar10": PAPER,
     "cifar100": dataclasses.replace(PAPER, batch_size=2560, fraction=0.15),  # 4 GPUs x 640
@@ -235,6 +235,7 @@ def table() -> str:
         "perturbed share": lambda p: f"{p.fraction:g}",
         "eps": lambda p: f"{eps_text(p.eps)} = {p.eps:.2g}",
         "PGD steps x size": lambda p: f"{p.attack_steps} x {p.attack_step_size:g}",
+        "pictures attacked": lambda p: f"{p.attack_versions} times" if p.attack_versions else "in each batch",
         "end to end (ours): epochs, batch, PGD steps": lambda p: (
             f"{p.end_epochs}, {p.end_batch_size}, {p.end_attack_steps}"
         ),

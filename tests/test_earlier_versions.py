@@ -16,7 +16,7 @@ from lab.checkpoints import load_checkpoint
 TRAINED = (
     "--dataset tiny.npz --preset digits --epochs 2 --batch-size 9 --classifier-epochs 1 --classifier-batch-size 24 "
     "--attack-steps 1 --classifier-attack-steps 1 --condition-dim 4 --latent-dim 2 --decoder-width 8 --samples 2 "
-    "--device cpu --name old --tap init_conv"
+    "--device cpu --name old --tap init_conv --attack-versions 0"
 ).split()
 EVALUATED = (
     "--ckpt runs/old/carso.pt --out evaluation --pictures 4 --steps 1 --eot 1 --queries 2 --targets 1 --select 2 "

@@ -92,7 +92,7 @@ def test_training_with_attacks_in_bf16(monkeypatch):
     on = lambda: torch.is_autocast_enabled("cpu")  # noqa: E731
     for asked in (True, False):
         carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
-        p = train.dataclasses.replace(PRESETS["digits"], latent_dim=4, bf16=asked)
+        p = train.dataclasses.replace(PRESETS["digits"], latent_dim=4, bf16=asked, attack_versions=0)
         seen.clear()
         monkeypatch.setattr(train.Run, "train", lambda self, *a: a[6](0, 0, torch.arange(4), 0))
         data = train.datasets.load("digits", "data")
