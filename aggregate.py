@@ -59,6 +59,19 @@ def mean_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(logits, dim=2).logsumexp(dim=1) - math.log(logits.shape[1])
 
 
+def mean_sigmoids(logits: torch.Tensor) -> torch.Tensor:
+    """Log-odds of the mean of the members' sigmoids, each class for itself: what the authors' code calls `prob`."""
+    return F.logsigmoid(logits).logsumexp(dim=1) - F.logsigmoid(-logits).logsumexp(dim=1)
+
+
+def floored_ratios(logits: torch.Tensor) -> torch.Tensor:
+    """Sum over the members of floor(l / max_c l): what the authors' code calls `count`. A vote only where each member's
+    largest logit is positive and no other comes near its negative: the largest class counts 1, the others 0, and
+    those below zero -1, -2, ...; where all logits are negative, the *least* likely class counts most. A member whose
+    largest logit is 0 gives NaN. Not differentiable."""
+    return (logits / logits.amax(dim=2, keepdim=True)).floor().sum(dim=1)
+
+
 def majority_vote(logits: torch.Tensor) -> torch.Tensor:
     """The share of members that vote for each class. Not differentiable; argmax gives a tie to the lowest class."""
     return F.one_hot(logits.argmax(dim=2), logits.shape[2]).to(logits.dtype).mean(dim=1)

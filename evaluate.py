@@ -5,7 +5,7 @@
     python evaluate.py --ckpt runs/digits/carso.pt --view naive-odds            # the reference's output: audit fails
     python evaluate.py --ckpt runs/digits/carso.pt --attack rand --eps 0.95     # the paper's sanity check, table 3
     python evaluate.py --ckpt runs/digits/carso.pt --sweep eps                  # also steps, eot, samples
-    python evaluate.py --published DIR --dataset cifar10 --attack paper         # the authors' released weights
+    python evaluate.py --published cifar10                                      # the authors' released defence, fetched
     python evaluate.py --model mine.py:build --dataset cifar10 --attack all     # any function that returns an nn.Module
     torchrun --nproc_per_node=8 evaluate.py --ckpt runs/cifar10/carso.pt --attack all
 
@@ -31,15 +31,15 @@ from torch import nn
 
 import data as datasets
 from attacks import ascend, project
-from lab import audit, plan, report
+from lab import audit, plan, published, report
 from lab.checkpoints import check_fits, fingerprint_of, is_checkpoint, load_checkpoint, load_published
 from lab.checkpoints import load_published_classifier as load_classifier
-from lab.files import check_config
+from lab.files import check_config, write_text
 from lab.foreign import check_answers, load_function
 from lab.presets import BUDGETS, Budget, add_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
 from lab.start import launched, usable
-from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found
+from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found, remember_best
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, differentiable
 from lab.units import UNITS, Evaluation
 
@@ -81,22 +81,6 @@ def autoattack(version: str):
     return run
 
 
-def remember_best(apgd, x: torch.Tensor) -> list[torch.Tensor]:
-    """Makes AutoAttack's APGD append to the list that is returned, for each of its runs, the points of the largest
-    loss, (B, C, H, W); x where a picture was not attacked."""
-    points, single_run = [], apgd.attack_single_run
-    where = {picture.tobytes(): i for i, picture in enumerate(x.cpu().numpy())}  # it attacks some of the pictures
-
-    def remembering(pictures, *args, **kwargs):
-        result = single_run(pictures, *args, **kwargs)
-        points.append(x.clone())
-        points[-1][[where[picture.tobytes()] for picture in pictures.cpu().numpy()]] = result[0].detach()
-        return result
-
-    apgd.attack_single_run = remembering
-    return points
-
-
 def pgd_eot(target: Target, x, y, eps: float, b: Budget):
     """PGD with EoT (paper, table 12), from a random start."""
     objective = climb(target, y, "ce", b.eot)
@@ -126,12 +110,18 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
         model = CONTROLS[args.control](model) if args.control else model
     elif args.model:
         model = load_function(args.model)
+    elif args.published in published.FOLDERS:
+        if args.dataset not in (None, args.published):
+            raise ValueError(f"--published {args.published} is for its own pictures, not for --dataset {args.dataset}")
+        args.dataset, source = args.published, published.fetch_defence(args.published, args.data_dir or "data")
     if args.dataset is None and "dataset" not in state:
         raise ValueError(f"{source} does not say which data it is for: add --dataset")
     data = datasets.load(args.dataset or state["dataset"], args.data_dir or state.get("data_dir", "data"))
     shape, classes = tuple(data.test_images.shape[1:]), len(data.classes)
     if args.published:
         model, source = load_published(source, classes, shape), next(source.glob("*decoder.safetensors"))
+        if args.published in published.FOLDERS:
+            published.check_reported(model.classifier.to(args.device), source.parent, data)
     elif args.ckpt and not whole:
         model = load_classifier(source, classes, data.mean, data.std)
     if (args.published or whole) and hasattr(model, "purifier"):
@@ -149,18 +139,25 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     if args.control and not args.ckpt:
         raise ValueError("--control needs --ckpt")
     model, state, data, source = load_model(args)
-    judge = None
-    if args.judge:
-        if not hasattr(model, "purify"):
-            raise ValueError("--judge looks at reconstructions, and this model makes none")
-        judge = load_classifier(args.judge, len(data.classes), data.mean, data.std).to(args.device)
-        check_answers(judge, args.judge, data.test_images, len(data.classes), args.device)
+    others = {}
+    for option, file in (("final", args.final), ("judge", args.judge)):
+        if file:
+            if not hasattr(model, "purifier"):
+                raise ValueError(f"--{option} looks at reconstructions, and this model makes none")
+            others[option] = load_classifier(file, len(data.classes), data.mean, data.std).to(args.device)
+            check_answers(others[option], file, data.test_images, len(data.classes), args.device)
+    if args.final:
+        model.final = others["final"].requires_grad_(False)
     budget = overridden(BUDGETS[args.budget or ("reduced" if data.name == "digits" else "paper")], args)
     budget = dataclasses.replace(budget, n=min(budget.n, len(data.test_labels)))
     eps = args.eps if args.eps is not None else (state.get("config") or {}).get("eps", 8 / 255)
     samples = getattr(model, "samples", 1) if args.samples is None else args.samples
-    if samples < 1 or args.limit < 1:
-        raise ValueError("--samples and --limit must be 1 or more")
+    if samples < 0 or args.limit < 1:
+        raise ValueError("--samples must be 0 or more (0: one reconstruction, of z = 0), --limit 1 or more")
+    if samples == 0 and (args.control == "fixed-z" or args.sweep == "samples" or not hasattr(model, "purifier")):
+        raise ValueError("--samples 0 is a CARSO's single reconstruction of z = 0, which allows no other z")
+    if hasattr(model, "purifier"):
+        model.samples = samples
     if not 0 <= eps <= 1:
         raise ValueError(f"--eps {eps:g} is not a distance between pixels in [0, 1]; write 8/255, say")
     if args.own_answer is not None:
@@ -183,6 +180,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "aggregation": args.aggregation,
         "view": args.view or AGGREGATIONS[args.aggregation][1],
         "control": args.control,
+        "final": args.final,
         "own_answer": getattr(model, "own_answer", None),
         "judge": args.judge,
         "seed": args.seed,
@@ -197,7 +195,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     )
     check_config(folder / "config.json", config, "--out", write=not args.plan)
     e = Evaluation(model, images, labels, config, budget, folder, args.device, args.limit, ATTACKS)
-    e.judge, e.note = judge, data.note
+    e.judge, e.note = others.get("judge"), data.note
     return e, [n for n in names if n not in skipped], [f"{n} (the model has no {ATTACKS[n].needs})" for n in skipped]
 
 
@@ -206,17 +204,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     add = parser.add_argument
     what.add_argument("--ckpt", help="a carso.pt; or, with --dataset, a file of a classifier's weights")
-    what.add_argument("--published", metavar="DIR", help="a folder with the CARSO authors' four safetensors files")
+    what.add_argument("--published", metavar="NAME", help="the CARSO authors' released defence: cifar10, cifar100 or "
+        "tinyimagenet (fetched; the paper's attacks, through two views), or a folder with its four files")  # fmt: skip
     what.add_argument("--model", metavar="FILE.py:FUNCTION", help="a function that returns an nn.Module")
-    names = f"any of {', '.join(ATTACKS)}; paper: its whole protocol; all: the union (default: standard rand)"
-    add("--attack", nargs="+", default=["standard", "rand"], choices=[*ATTACKS, *GROUPS], metavar="NAME", help=names)
+    names = f"any of {', '.join(ATTACKS)}; paper: its whole protocol; all: the union (default: standard rand; with "
+    add("--attack", nargs="+", choices=[*ATTACKS, *GROUPS], metavar="NAME", help=names + "--published NAME: paper)")
     add("--cascade", action=argparse.BooleanOptionalAction, help="a picture that an attack takes on every draw is not "
         "attacked again (default: for --attack all)")  # fmt: skip
     add("--eps", type=parse_number, help="radius in pixels, such as 8/255 (default: the training's)")
-    add("--samples", type=int, help="S, reconstructions a picture (default: the checkpoint's)")
+    add("--samples", type=int, help="S, reconstructions a picture; 0: one, of z = 0 (default: the checkpoint's)")
     add("--own-answer", type=parse_number, metavar="SHARE", help="of the classifier's answer to the picture in a "
         "member (default: the checkpoint's; 0: only reconstructions)")  # fmt: skip
     add("--control", choices=CONTROLS, help="with --ckpt: a part of the defence, or one with a part cut")
+    add("--final", metavar="FILE", help="weights of a second classifier, to label the reconstructions (default: the "
+        "checkpoint's, which may be the one that is looked into)")  # fmt: skip
     add("--judge", metavar="FILE", help="a second classifier's weights: does it recognise the members?")
     add("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
     add("--view", choices=VIEWS, help="what attacks see (default: the decision's own)")
@@ -234,39 +235,56 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    """The exit status: 0, 2 for what is refused, 3 if the audit failed."""
-    try:
-        rank, _ = launched()
-        if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        e, names, skipped = prepare(args)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    if e.note and rank == 0:
-        print(e.note, flush=True)
-    if args.plan:
-        print(plan.text(e.patiently(lambda: plan.plan(e, names, e.one_call)), e))
-        return 0
+def run(e: Evaluation, args, names: list[str], skipped: list[str], rank: int) -> dict | None:
+    """The audit, the attacks, the report, of which the first process returns what report.json holds."""
     audited = e.patiently(lambda: audit.audit(e)) if rank == 0 else None
     for message in audited["messages"] if audited else ():
         print(f"audit: {message}", file=sys.stderr, flush=True)
     if args.sweep:
         audit.sweep(e, args.sweep, loud=rank == 0)
-        return 0 if rank or audited["passed"] else 3
+        return {"audit": audited}
     e.run(names, loud=rank == 0)
     names = e.finished()  # also those of earlier commands: the worst counts over all
     headline, counted = e.headline_of(names)
     e.run([headline], loud=rank == 0, over=counted)
     if rank > 0:
-        return 0
+        return None
     result = report.write(e, names, headline, audited, skipped)
     print((e.folder / "report.md").read_text())
     print(report.in_words(result))
     print(f"written to {e.folder}")
-    return 0 if result["audit"]["passed"] else 3
+    return result
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """The exit status: 0, 2 for what is refused, 3 if the audit failed (through the last view, where there are two)."""
+    both = args.published in published.FOLDERS and not (args.view or args.sweep or args.plan)
+    results, earlier, args.attack = {}, None, args.attack or (["paper"] if both else ["standard", "rand"])
+    for view in ("naive-odds", "logsumexp") if both else (args.view,):
+        try:
+            rank, _ = launched()
+            if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(args.device)
+            e, names, skipped = prepare(argparse.Namespace(**vars(args) | {"view": view}))
+        except (ValueError, OSError) as error:
+            print(f"evaluate.py: {error}", file=sys.stderr)
+            return 2
+        if e.note and rank == 0:
+            print(e.note, flush=True)
+        if args.plan or (both and rank == 0 and not earlier):
+            print(plan.text(e.patiently(lambda e=e, names=names: plan.plan(e, names, e.one_call)), e), flush=True)
+        if args.plan:
+            return 0
+        if earlier:
+            e.take_over(earlier)
+        results[view], earlier = run(e, args, names, skipped, rank), e
+    if both and rank == 0:
+        print("The hours of the plan were for each of the two views.\n")
+        text = published.side_by_side(results, e.budget)
+        write_text(e.folder.with_name(f"{e.folder.name}-beside-naive-odds.md"), text)
+        print(text)
+    return 3 if rank == 0 and not results[view]["audit"]["passed"] else 0
 
 
 def main() -> int:

@@ -80,14 +80,7 @@ class Purifier(nn.Module):
     """
 
     def __init__(
-        self,
-        representation_shapes,
-        image_shape,
-        condition_dim: int,
-        latent_dim: int,
-        mean,
-        std,
-        decoder_width: int = 256,
+        self, representation_shapes, image_shape, condition_dim: int, latent_dim: int, mean, std, decoder_width=256
     ):
         super().__init__()
         representation_shapes = [tuple(int(n) for n in shape) for shape in representation_shapes]
@@ -102,15 +95,9 @@ class Purifier(nn.Module):
                     f"maps (c, h, w) of more than {2 * convolutions} pixels: tap an earlier layer"
                 )
         mean, std = (tuple(np.ravel(m).astype(float).tolist()) for m in (mean, std))
-        self.config = dict(
-            representation_shapes=representation_shapes,
-            image_shape=tuple(image_shape),
-            condition_dim=condition_dim,
-            latent_dim=latent_dim,
-            mean=mean,
-            std=std,
-            decoder_width=decoder_width,
-        )
+        self.config = dict(representation_shapes=representation_shapes, image_shape=tuple(image_shape))
+        self.config |= dict(condition_dim=condition_dim, latent_dim=latent_dim, mean=mean, std=std)
+        self.config |= dict(decoder_width=decoder_width)
         self.recompute = False  # True trades time for memory in training: see _code
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -207,30 +194,27 @@ class CARSO(nn.Module):
 
     Args:
         layers: names of the tapped layers, one for each of the purifier's representation_shapes.
-        samples: S, reconstructions a picture (paper: 8).
+        samples: S, reconstructions a picture (paper: 8). 0: one, of z = 0 (the authors' ensemble_size = 0).
+        final: another classifier, to label the reconstructions; None: the one that looks at the picture (the paper's).
         own_answer: share in [0, 1) of each member that is the classifier's answer to the picture itself, which the
             recording gives for free (ours, for training end to end; 0, the paper's: it sees the reconstruction only).
     """
 
     def __init__(
-        self,
-        classifier: nn.Module,
-        purifier: Purifier,
-        layers: list[str],
-        samples: int = 8,
-        seed: int = 0,
-        own_answer: float = 0.0,
-    ):
+        self, classifier: nn.Module, purifier: Purifier, layers: list[str], samples: int = 8, seed: int = 0,
+        own_answer: float = 0.0, final: nn.Module | None = None,
+    ):  # fmt: skip
         super().__init__()
         if len(layers) != len(purifier.config["representation_shapes"]):
             raise ValueError(
                 f"{len(layers)} layers for a purifier of {len(purifier.config['representation_shapes'])} layers"
             )
-        if samples < 1:
-            raise ValueError(f"at least one reconstruction a picture is needed, not {samples}")
+        if samples < 0:
+            raise ValueError(f"samples, the reconstructions a picture, are 0 or more, not {samples}")
         if not 0 <= own_answer < 1:
             raise ValueError(f"the own answer's share is at least 0 and less than 1, not {own_answer:g}")
         self.classifier = classifier.requires_grad_(False)
+        self.final = None if final is None else final.requires_grad_(False)
         self.purifier = purifier
         self.layers, self.samples, self.own_answer = list(layers), samples, own_answer
         self.manual_seed(seed)
@@ -239,7 +223,13 @@ class CARSO(nn.Module):
     def train(self, mode: bool = True):
         super().train(mode)
         self.classifier.eval()
+        self.labeller.eval()
         return self
+
+    @property
+    def labeller(self) -> nn.Module:
+        """The classifier that labels the reconstructions."""
+        return self.classifier if self.final is None else self.final
 
     def manual_seed(self, seed: int) -> None:
         """Restart the latent draws: equal seeds give equal draws, on different ranks different ones."""
@@ -247,10 +237,12 @@ class CARSO(nn.Module):
         self._seed, self._generator = seed + 1_000_003 * rank, None
 
     def draw(self, x: torch.Tensor, samples: int) -> torch.Tensor:
-        """z ~ N(0, I), (B, samples, Z), on x's device."""
+        """z ~ N(0, I), (B, samples, Z), on x's device; one z = 0, or as many as asked for, of a CARSO of samples 0."""
         if self._generator is None or self._generator.device != x.device:
             self._generator = torch.Generator(x.device).manual_seed(self._seed)
-        shape = (len(x), samples, self.purifier.config["latent_dim"])
+        shape = (len(x), max(samples, 1), self.purifier.config["latent_dim"])
+        if self.samples == 0:
+            return torch.zeros(shape, device=x.device, dtype=x.dtype)
         return torch.randn(shape, generator=self._generator, device=x.device, dtype=x.dtype)
 
     def answers(self, x: torch.Tensor, z: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,7 +253,7 @@ class CARSO(nn.Module):
         z = self.draw(x, self.samples) if z is None else z
         own_logits, condition = self._look(x)
         reconstructions = self._paint(z, condition)
-        logits = self.classifier(reconstructions.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, S, K)
+        logits = self.labeller(reconstructions.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, S, K)
         if share := self.own_answer:  # exp(logit) becomes the weighted mean of the two, like the paper's sum
             own = own_logits[:, None].expand_as(logits)
             logits = torch.logaddexp(logits + math.log(1 - share), own + math.log(share))

@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch import nn
 
 import data as datasets
-from lab.checkpoints import PUBLISHED, fingerprint_of, load_checkpoint, load_start
+from lab.checkpoints import fingerprint_of, load_checkpoint, load_start
 from lab.perturb import perturbing, recorded
 from lab.presets import PAPER, PRESETS, Preset, add_options, choose_preset
+from lab.published import CLASSIFIERS, names_of
 from lab.ranks import keep_freed_memory, start_ranks
 from lab.robust_training import load_classifier, stage_one, train_end_to_end
 from lab.run import DECIDED, Run, Stopped, drawing, fingerprint, finish, load_data
@@ -174,8 +175,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "(default: runs/DATASET/carso.pt, which --objective paper makes)")  # fmt: skip
     add("--preset", choices=PRESETS, help="default: the data set's own, cifar10's for a path")
     add("--name", help="folder under runs/ (default: the data set's name, and -end-to-end where that is the objective)")
-    add("--classifier", help="'train', 'published' (the paper's, downloaded), or a file of weights (default: published "
-        "for cifar10, cifar100 and tinyimagenet, train elsewhere)")  # fmt: skip
+    add("--classifier", help="'train'; 'published' (the paper's) or another's name in lab/published.py, downloaded; or "
+        "a file of weights (default: published for cifar10, cifar100 and tinyimagenet, train elsewhere)")  # fmt: skip
+    add("--final", metavar="FILE", help="weights of a second classifier, which labels the reconstructions, while the "
+        "first one is looked into (default: one does both)")  # fmt: skip
     add("--train-on", metavar="FILE", help="stage one goes on from these weights, of the same depth and width")
     add("--tap", nargs="+", metavar="LAYER", help="layers of the classifier that a fresh purifier sees, such as "
         "init_conv (default: the paper's, table 5)")  # fmt: skip
@@ -208,10 +211,11 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         (not fresh and args.stage == "classifier", "--stage classifier trains none when starting from a checkpoint"),
         (args.train_on and (args.classifier or "train") != "train",
          "--train-on and --classifier exclude each other: is the classifier to be trained or not?"),
+        (args.stage == "classifier" and args.final, "--final goes with a purifier: --stage classifier trains none"),
         (args.stage == "classifier" and (args.classifier or "train") != "train",
          "--stage classifier and --classifier exclude each other: is the classifier to be trained or not?"),
-        (args.classifier == "published" and args.dataset not in PUBLISHED,
-         f"no classifier is published for {args.dataset}; known are {', '.join(PUBLISHED)}"),
+        ("published" in (args.classifier, args.final) and not names_of(args.dataset),
+         f"no classifier is published for {args.dataset}; known are {', '.join(CLASSIFIERS)}"),
     ):  # fmt: skip
         if refused:
             raise ValueError(sentence)
@@ -219,7 +223,7 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     if args.objective == "end-to-end":
         args.start = args.start or str(Path("runs") / stem / "carso.pt")
     if args.classifier is None:
-        as_published = args.dataset in PUBLISHED and (p.depth, p.width) == (PAPER.depth, PAPER.width)
+        as_published = args.dataset in CLASSIFIERS and (p.depth, p.width) == (PAPER.depth, PAPER.width)
         trained = args.train_on or args.stage == "classifier"
         args.classifier = "published" if as_published and not trained else "train"
     return p, args.name or (f"{stem}-end-to-end" if args.objective == "end-to-end" else stem)
@@ -235,7 +239,7 @@ def main() -> int:
         p, name = prepare(args)
         folder = Path("runs") / name
         data, p = load_data(args, p, ranks)
-        asked = ("dataset", "classifier", "seed", "start", "train_on", "tap")
+        asked = ("dataset", "classifier", "seed", "start", "train_on", "tap", "final")
         config = {field: getattr(args, field) for field in asked} | dataclasses.asdict(p)
         config["objective"] = args.objective if args.start else None
         if args.start not in (None, "scratch"):
@@ -252,8 +256,9 @@ def main() -> int:
             start = load_start(args.start, data, ranks.device)
         elif args.train_on or args.classifier != "train":
             classifier = load_classifier(args.train_on or args.classifier, args, data, p, ranks)
-        given = start or classifier
-        run.settle(write=ranks.first, weights=fingerprint_of(given) if given else None)
+        final = load_classifier(args.final, args, data, p, ranks) if args.final else None
+        given = "".join(fingerprint_of(network) for network in (start or classifier, final) if network)
+        run.settle(write=ranks.first, weights=given or None)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -276,6 +281,7 @@ def main() -> int:
             sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
             layers = args.tap or representation_layers(classifier.config["depth"])
             start = build_carso(classifier, layers, shape, p.samples, **sizes).to(ranks.device)
+        start.final = start.final if final is None else final
         if args.objective == "end-to-end":
             train_end_to_end(run, data, start, p, args.micro_batch)
         else:

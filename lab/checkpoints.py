@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data import NORMALISATION, Dataset
-from lab.files import download, write_atomically
+from lab.files import write_atomically
 from lab.tensors import check_whole, load_state, read_tensors
 from models import WideResNet, representation_layers
 from purifier import CARSO, Purifier, build_carso
@@ -35,7 +35,7 @@ def save_checkpoint(path, carso: CARSO, **state) -> None:
     """One file that needs nothing else: constructors' arguments, weights of classifier and purifier, and `state`, which
     may hold only plain types and tensors (strings, numbers, lists, dicts). ValueError for another classifier than a
     WideResNet, which could not be built again from its weights."""
-    if not isinstance(getattr(carso.classifier, "config", None), dict):
+    if not all(isinstance(getattr(network, "config", None), dict) for network in (carso.classifier, carso.labeller)):
         raise ValueError(f"{path}: only a CARSO around a WideResNet can be kept in one file; keep its state_dict()")
     content = {
         "format": "carso-1",
@@ -46,6 +46,8 @@ def save_checkpoint(path, carso: CARSO, **state) -> None:
         "layers": carso.layers,
         "samples": carso.samples,
         "own_answer": carso.own_answer,
+        "final": carso.final and carso.final.config,
+        "final_weights": carso.final and carso.final.state_dict(),
         "state": state,
     }
     write_atomically(path, lambda temporary: torch.save(content, temporary))
@@ -69,7 +71,10 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
     load_state(purifier, content.get("purifier_weights"), path)
     share = content.get("own_answer") or 0.0
     share = 0.5 if share is True else share  # early checkpoints said yes or no
-    rest = dict(layers=content["layers"], samples=content["samples"], own_answer=share)
+    final = built(path, WideResNet, content["final"]) if content.get("final") else None
+    if final is not None:
+        load_state(final, content.get("final_weights"), path)
+    rest = dict(layers=content["layers"], samples=content["samples"], own_answer=share, final=final)
     return built(path, CARSO, rest, classifier, purifier).to(device), content["state"]
 
 
@@ -82,7 +87,7 @@ def is_checkpoint(path) -> bool:
 def check_fits(carso: CARSO, path, name: str, image_shape, num_classes: int, trained_on=None, classes=None) -> None:
     """ValueError if this defence, read from path, is not made for the pictures and classes of data `name`, or if the
     names of the classes that it was trained on are others."""
-    made_for = tuple(carso.purifier.config["image_shape"]), carso.classifier.config["num_classes"]
+    made_for = tuple(carso.purifier.config["image_shape"]), carso.labeller.config["num_classes"]
     given = tuple(image_shape), num_classes
     if given != made_for:
         raise ValueError(
@@ -217,19 +222,3 @@ def load_published(folder, num_classes: int, image_shape, samples: int = 8) -> C
     layers = representation_layers(classifier.config["depth"])
     carso = built(folder, build_carso, sizes, classifier, layers, image_shape, samples)
     return load_published_purifier(carso, **paths)
-
-
-# What the CARSO authors' own copies of the published classifiers are, and their clean accuracy (paper, table 2).
-BUCKET = "https://bucket.ballarin.cc/aimldl/carso2024cnn/"
-PUBLISHED = {
-    "cifar10": ("cifar_10_cuiwrn2810/models/cifar10_a3_b10_t4_20m_w.safetensors", 0.9216),
-    "cifar100": ("cifar_100_cuiwrn2810/models/cifar100_a5_b12_t4_50m_w.safetensors", 0.7385),
-    "tinyimagenet": ("tinyimagenet_wangwrn2810/models/tiny_linf_wrn28_10_w.safetensors", 0.6519),
-}
-
-
-def fetch_published_classifier(name: str, data_dir) -> Path:
-    """The published classifier of a data set, downloaded into data_dir unless it is there."""
-    file = Path(data_dir) / Path(PUBLISHED[name][0]).name
-    download(BUCKET + PUBLISHED[name][0], file)
-    return file

@@ -37,6 +37,7 @@ def eps_text(eps: float) -> str:
 
 # What a number must be: the sentence that refuses it, and the test. (NaN fails every comparison, as it should.)
 COUNT = "must be 1 or more", lambda v: v >= 1
+NONE_OR_MORE = "must be 0 or more", lambda v: v >= 0
 SEVERAL = "must be 2 or more: BatchNorm needs them", lambda v: v >= 2
 NUMBER = "must be 0 or more", lambda v: 0 <= v < math.inf
 POSITIVE = "must be positive", lambda v: 0 < v < math.inf
@@ -65,7 +66,9 @@ class Preset:
     classifier_learning_rate: float = setting(0.2, NUMBER, "peak of a one-cycle schedule, SGD with Nesterov momentum")
     classifier_weight_decay: float = setting(5e-4, NUMBER, "of the SGD")
     classifier_ramp: int = setting(5, NUMBER, "epochs over which the attack's radius grows from 0 to eps")
-    classifier_attack_steps: int = setting(10, COUNT, "PGD, each step 2.5 eps / steps (Madry et al. 2018)")
+    classifier_attack_steps: int = setting(
+        10, NONE_OR_MORE, "PGD, each step 2.5 eps / steps (Madry et al. 2018); 0: plain training, of clean pictures"
+    )
     classifier_bn_momentum: float = setting(0.01, MOMENTUM, "larger where few steps let the running statistics settle")
     augment: bool = setting(True, SWITCH, "random crops (shifts by up to 4 pixels), for the classifier and end to end")
     mirror: bool = setting(True, SWITCH, "of these crops, half mirrored")
@@ -74,7 +77,7 @@ class Preset:
     condition_dim: int = setting(512, COUNT, "D, table 13")
     latent_dim: int = setting(128, COUNT, "Z, table 13")
     decoder_width: int = setting(256, WIDTH, "channels of the decoder's first map, tables 10 and 11")
-    samples: int = setting(8, COUNT, "S, reconstructions a picture, section 5.1")
+    samples: int = setting(8, NONE_OR_MORE, "S, reconstructions a picture, section 5.1; 0: one, of z = 0")
 
     # Stage two, table 14
     epochs: int = setting(200, COUNT, "of the purifier's training")
@@ -157,6 +160,11 @@ def reduced(budget: Budget) -> bool:
     """Does an attack work less, or a score rest on fewer draws, than in the paper's budget, the default?"""
     work = ("steps", "eot", "pgd_steps", "queries", "targets", "select", "draws")
     return any(getattr(budget, number) < getattr(Budget(), number) for number in work)
+
+
+def budget_note(budget: Budget) -> str:
+    """What a report says of it before any number."""
+    return "**Reduced budget**: upper bounds, not benchmark numbers." if reduced(budget) else "The paper's budget."
 
 
 # ------------------------------------------------------------------------------------------------------ command lines

@@ -14,16 +14,10 @@ import torch.nn.functional as F
 
 from lab.audit import during_attacks, signs_of_masking
 from lab.files import save_grid, write_text
-from lab.presets import eps_text, reduced
+from lab.presets import budget_note, eps_text
+from lab.published import FIGURES
 from lab.target import Target, hits
 from lab.units import CONTROLS
-
-# Accuracies in % that the paper reports (its tables 2, 3 and 15): classifier clean, AutoAttack; CARSO rand, PGD+EoT.
-PUBLISHED = {
-    "cifar10": {"classifier clean": 92.16, "standard": 67.73, "rand": 76.13, "pgd-eot": 76.89},
-    "cifar100": {"classifier clean": 73.85, "standard": 39.18, "rand": 66.65},
-    "tinyimagenet": {"classifier clean": 65.19, "standard": 31.30, "rand": 53.56},
-}
 
 
 def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
@@ -73,7 +67,7 @@ def write(e, names: list[str], headline: str, audited: dict, skipped: list[str])
         "dataset": e.config["dataset"],
         "n": n,
         "eps": e.eps,
-        "samples": e.samples,
+        "samples": e.config["samples"],
         "clean": summary(clean.mean(1)) | {"resubmitted": resubmission(clean)},
         "noise": summary(table["noise"]["hits"].mean(1)),
         "classifier": {} if bare else {"clean": summary(classifier_right(e))},
@@ -172,7 +166,7 @@ def percent(part: dict) -> str:
 
 
 def markdown(r: dict, e) -> str:
-    c, b, published = e.config, e.budget, PUBLISHED.get(r["dataset"], {})
+    c, b, published = e.config, e.budget, FIGURES.get(r["dataset"], {})
     scored = "the model is deterministic: one answer says everything" if r["deterministic"] else (
         f"each the expectation over {b.draws} fresh draws of the noise after candidates raced over {b.select}, and "
         f"the attacks' worst over {2 * b.select} more"
@@ -180,8 +174,8 @@ def markdown(r: dict, e) -> str:
     lines = [
         f"# {r['dataset']}: {c['checkpoint']} at eps {eps_text(r['eps'])}, S = {r['samples']}, {r['n']} test pictures",
         "",
-        ("**Reduced budget**: upper bounds, not benchmark numbers. " if reduced(b) else "The paper's budget. ")
-        + f"Accuracies in % with 95 % intervals; {scored}. Decision: {c['aggregation']}; attacks see: {c['view']}."
+        f"{budget_note(b)} Accuracies in % with 95 % intervals; {scored}. "
+        f"Decision: {c['aggregation']}; attacks see: {c['view']}."
         + (" Attacks searched in bfloat16; all is scored in float32." if c["search_precision"] == "bf16" else ""),
         "",
         "| model | attack | steps x draws | standing | accuracy | every draw right | during the attack | published "

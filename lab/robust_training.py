@@ -16,9 +16,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import data as datasets
 from aggregate import robust_logits
 from attacks import pgd
-from lab.checkpoints import PUBLISHED, fetch_published_classifier, load_published_classifier
+from lab.checkpoints import load_published_classifier
 from lab.files import write_atomically
 from lab.presets import Preset
+from lab.published import check_reported, fetch_classifier, names_of
 from lab.ranks import Ranks
 from lab.run import Run, accuracy, drawing, unwrapped
 from lab.tensors import load_state
@@ -48,8 +49,9 @@ def piecewise(attack, x: torch.Tensor, limit: int | None) -> torch.Tensor:
 
 
 def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start=None, limit=None) -> WideResNet:
-    """PGD adversarial training (Madry et al. 2018) with an averaged copy of the weights as the result; from fresh
-    weights, or on from those of the WideResNet `start`. limit: pictures attacked at a time."""
+    """PGD adversarial training (Madry et al. 2018), or plain training where the attack has no steps, with an averaged
+    copy of the weights as the result; from fresh weights, or on from those of the WideResNet `start`. limit: pictures
+    attacked at a time."""
     ranks, device = run.ranks, run.ranks.device
     torch.manual_seed(run.config["seed"])
     classifier = WideResNet(len(data.classes), p.depth, p.width, data.train_images.shape[1], data.mean, data.std)
@@ -77,14 +79,14 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start=None, li
         noise = run.uniform(x, indices, generator)
         x = augmented(run, x, indices, generator, p)
         classifier.eval()
-        step_size = 2.5 * eps / p.classifier_attack_steps  # the steps could cross the ball (Madry et al.)
-        with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-            steps = p.classifier_attack_steps
+        if steps := p.classifier_attack_steps:
+            step_size = 2.5 * eps / steps  # the steps could cross the ball (Madry et al.)
             attack = lambda i: pgd(classifier, x[i], y[i], eps, steps, step_size, noise=noise[i])  # noqa: E731
-            attacked = piecewise(attack, x, limit)
+            with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
+                x = piecewise(attack, x, limit)
         network.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-            logits = network(attacked).float()
+            logits = network(x).float()
         loss = F.cross_entropy(logits, y, reduction="sum")
         optimizer.param_groups[0]["lr"] = float(lr)
         optimizer.zero_grad()
@@ -100,23 +102,20 @@ def train_classifier(run: Run, data: datasets.Dataset, p: Preset, start=None, li
 
 
 def load_classifier(weights: str, args, data: datasets.Dataset, p: Preset, ranks: Ranks) -> WideResNet:
-    """Stage one from a file, downloaded if it is the published one; its clean accuracy is checked where we know it."""
-    file, expected = Path(weights), None
-    if weights == "published":
-        expected = PUBLISHED[args.dataset][1]
+    """A classifier from a file, or a published one by its name, downloaded; its clean accuracy is checked where it is
+    known."""
+    file, known = Path(weights), names_of(args.dataset)
+    if weights in known:
         with ranks.one_by_one():
-            file = fetch_published_classifier(args.dataset, args.data_dir)
+            file = fetch_classifier(args.dataset, weights, args.data_dir)
+    elif not file.is_file():
+        raise ValueError(f"there is no file {file}; published for {args.dataset}: {', '.join(known) or 'nothing'}")
     classifier = load_published_classifier(file, len(data.classes), data.mean, data.std, args.trust_pickle)
-    classifier.to(ranks.device)
-    clean = accuracy(classifier, data, 1000)
+    clean = check_reported(classifier.to(ranks.device), file, data, weights)
     if ranks.first:
         print(f"classifier: {file}, clean accuracy {clean:.1%} on {min(1000, len(data.test_labels))} test pictures")
-    if expected is not None and clean < expected - 0.03:
-        raise ValueError(
-            f"{file} should classify {expected:.1%} of clean pictures; this is another file, or other data"
-        )
     size = classifier.config["depth"], classifier.config["width"]
-    if args.train_on and size != (p.depth, p.width):
+    if weights == args.train_on and size != (p.depth, p.width):
         raise ValueError(f"{args.train_on} is a WRN-{size[0]}-{size[1]}: say so with --depth and --width")
     return classifier
 

@@ -237,7 +237,8 @@ def finish(run: Run, args, data: datasets.Dataset, carso: CARSO, p: Preset) -> N
     draw_reconstructions(run.folder / "reconstructions.png", carso, data, p)
     classifier = unwrapped(carso.classifier, WideResNet(**carso.classifier.config))
     purifier = unwrapped(carso.purifier, Purifier(**carso.purifier.config))
-    carso = CARSO(classifier, purifier, carso.layers, carso.samples, own_answer=carso.own_answer).to(run.ranks.device)
+    rest = dict(own_answer=carso.own_answer, final=carso.final)
+    carso = CARSO(classifier, purifier, carso.layers, carso.samples, **rest).to(run.ranks.device)
     state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": run.config, "classes": data.classes}
     save_checkpoint(run.folder / "carso.pt", carso, **state)
     for path in run.folder.glob("*.resume.pt"):

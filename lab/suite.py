@@ -27,6 +27,22 @@ def found(target: Target, y: torch.Tensor, *candidates: torch.Tensor):
     return candidates, survives(target, candidates, y)
 
 
+def remember_best(apgd, x: torch.Tensor) -> list[torch.Tensor]:
+    """Makes AutoAttack's APGD append to the list that is returned, for each of its runs, the points of the largest
+    loss, (B, C, H, W); x where a picture was not attacked."""
+    points, single_run = [], apgd.attack_single_run
+    where = {picture.tobytes(): i for i, picture in enumerate(x.cpu().numpy())}  # it attacks some of the pictures
+
+    def remembering(pictures, *args, **kwargs):
+        result = single_run(pictures, *args, **kwargs)
+        points.append(x.clone())
+        points[-1][[where[picture.tobytes()] for picture in pictures.cpu().numpy()]] = result[0].detach()
+        return result
+
+    apgd.attack_single_run = remembering
+    return points
+
+
 # --------------------------------------------------------------------------------------------------------- the runs
 
 
@@ -60,9 +76,10 @@ def fixed_noise(target, x, y, eps, b):
 
 
 def transfer(loss: str, target, x, y, eps, b):
-    """Adversarial pictures of the bare classifier."""
-    source = target.like_this(model=target.model.classifier)
-    return found(target, y, apgd(climb(source, y, loss, 1), x, eps, b.steps, target.random_point(x, eps))[0])
+    """Adversarial pictures of the bare classifier, and of the one that labels, where that is another."""
+    bare = dict.fromkeys([target.model.classifier, getattr(target.model, "labeller", target.model.classifier)])
+    sources, start = [target.like_this(model=network) for network in bare], target.random_point(x, eps)
+    return found(target, y, *(apgd(climb(source, y, loss, 1), x, eps, b.steps, start)[0] for source in sources))
 
 
 def square(target, x, y, eps, b):
@@ -138,6 +155,7 @@ def with_fixed_z(carso: nn.Module) -> nn.Module:
 
 CONTROLS = {
     "classifier": lambda carso: carso.classifier,
+    "final": lambda carso: carso.labeller,
     "zero-condition": without_condition,
     "fixed-z": with_fixed_z,
 }

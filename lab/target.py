@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aggregate import log_probabilities, majority_vote, mean_logits, mean_probabilities, robust_logits
+from aggregate import (
+    floored_ratios,
+    log_probabilities,
+    majority_vote,
+    mean_logits,
+    mean_probabilities,
+    mean_sigmoids,
+    robust_logits,
+)
 from attacks import objective, random_point
 
 # ---------------------------------------------------------------------------------------------- decisions and views
@@ -29,21 +37,23 @@ def sum_of_exponentials(logits: torch.Tensor) -> torch.Tensor:
     return (logits - logits.amax(dim=(1, 2), keepdim=True)).exp().sum(dim=1)
 
 
-# Views: what an attack sees, members' logits (B, S, K) to (B, K). All but the last two decide alike, whatever they
-# return.
+# Views: what an attack sees, members' logits (B, S, K) to (B, K). The first three decide alike, whatever they return.
 VIEWS = {
     "logsumexp": robust_logits,
     "sum-exp": sum_of_exponentials,
     "naive-odds": naive_log_odds,
     "mean-logit": mean_logits,
     "mean-probability": mean_probabilities,
+    "mean-sigmoid": mean_sigmoids,
 }
-# Decisions (appendix D compares them), each with a view of its own that has gradients.
+# Decisions (appendix D and the authors' code compare them), each with a view of its own that has gradients.
 AGGREGATIONS = {
     "robust": (robust_logits, "logsumexp"),
     "mean-logits": (mean_logits, "mean-logit"),
     "mean-probabilities": (mean_probabilities, "mean-probability"),
     "majority": (majority_vote, "mean-probability"),
+    "mean-sigmoids": (mean_sigmoids, "mean-sigmoid"),
+    "floored-ratios": (floored_ratios, "mean-logit"),
 }
 
 
@@ -65,7 +75,7 @@ class Target(nn.Module):
         super().__init__()
         self.model, self.view, self.limit, self.rows, self.whole = model, view, limit, None, 0
         self.has_members = hasattr(model, "member_logits")
-        self.samples = (samples or model.samples) if self.has_members else 1
+        self.samples = max(1, samples or model.samples) if self.has_members else 1
         self.count = dict.fromkeys(("pictures", "gradients", "nonfinite", "zero", "nonfinite_logits"), 0)
 
     def like_this(self, **changes) -> "Target":

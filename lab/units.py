@@ -43,7 +43,7 @@ class Evaluation:
     ):
         self.defence, self.images, self.labels, self.attacks = model, images, labels, attacks
         self.config, self.budget, self.folder, self.device, self.limit = config, budget, folder, device, limit
-        self.eps, self.samples, self.view = config["eps"], config["samples"], VIEWS[config["view"]]
+        self.eps, self.samples, self.view = config["eps"], max(1, config["samples"]), VIEWS[config["view"]]
         self.cascade = config.get("cascade", False)
         self.judge = None  # a second classifier, which looks at the reconstructions; see lab/report.py
         self.decide = AGGREGATIONS[config["aggregation"]][0]
@@ -66,6 +66,14 @@ class Evaluation:
 
     def file(self, name: str, start: int) -> Path:
         return self.folder / "work" / f"{name}-{start:06d}.npz"
+
+    def take_over(self, other: "Evaluation") -> None:
+        """What another evaluation, which differs in its view of the defence alone, found of the bare classifier."""
+        for name in filter(self.bare, other.finished()):
+            for start in self.starts:
+                self.file(name, start).parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    os.link(other.file(name, start), self.file(name, start))
 
     # ------------------------------------------------------------------------------------------ the model attacked
 

@@ -6,9 +6,17 @@ from conftest import golden
 from torch.testing import assert_close
 
 import aggregate
-from aggregate import log_probabilities, majority_vote, mean_logits, mean_probabilities, robust_logits
+from aggregate import (
+    floored_ratios,
+    log_probabilities,
+    majority_vote,
+    mean_logits,
+    mean_probabilities,
+    mean_sigmoids,
+    robust_logits,
+)
 
-ALL = [robust_logits, log_probabilities, mean_logits, mean_probabilities, majority_vote]
+ALL = [robust_logits, log_probabilities, mean_logits, mean_probabilities, mean_sigmoids, majority_vote]
 
 
 def logits(scale, shape=(50, 8, 10), dtype=torch.float64):
@@ -26,6 +34,18 @@ def test_plain_formulas(scale):
     assert_close(mean_probabilities(l).exp(), l.softmax(2).mean(1))
     votes = torch.stack([(l.argmax(2) == k).double().mean(1) for k in range(10)], 1)
     assert_close(majority_vote(l), votes)
+    mean = l.sigmoid().mean(1)
+    assert_close(mean_sigmoids(l), (mean / (1 - mean)).log())
+    assert_close(floored_ratios(l), sum((m / m.max(1, keepdim=True).values).floor() for m in l.unbind(1)))
+
+
+def test_the_authors_count_is_no_vote():
+    """Two members for class 0 and one for class 1; then logits below zero, where the least likely class wins."""
+    votes = torch.tensor([[[3.0, 1.0, 2.0], [2.0, 1.0, 1.5], [1.0, 3.0, 2.0]]])
+    assert floored_ratios(votes).tolist() == [[2.0, 1.0, 0.0]]
+    assert_close(majority_vote(votes), torch.tensor([[2 / 3, 1 / 3, 0.0]]))
+    below = torch.tensor([[[-1.0, -9.0, -5.0], [-2.0, -8.0, -4.0]]])  # both members: class 0, and least of all class 1
+    assert floored_ratios(below).tolist() == [[2.0, 13.0, 7.0]] and majority_vote(below).argmax() == 0
 
 
 def test_equals_the_reference():

@@ -99,7 +99,7 @@ def test_result_depends_neither_on_processes_nor_on_interruptions(folder, how):
         (["--ckpt", "other.pt"], "not a CARSO checkpoint"),
         (["--ckpt", "carso.pt", "--eps", "8"], "write 8/255"),
         (["--ckpt", "carso.pt", "--eps", "x"], "not a number such as 8/255"),
-        (["--ckpt", "carso.pt", "--samples", "-1"], "must be 1 or more"),
+        (["--ckpt", "carso.pt", "--samples", "-1"], "must be 0 or more"),
         (["--ckpt", "carso.pt", "--n", "-5"], "must be 1 or more"),
         (["--ckpt", "carso.pt", "--own-answer", "1"], "less than 1"),
         (["--ckpt", "carso.pt", "--control", "classifier", "--own-answer", "0.5"], "is for a CARSO"),

@@ -2,7 +2,6 @@
 processes, and with wrong input."""
 
 import functools
-import http.server
 import json
 import os
 import re
@@ -10,26 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, golden, uniform
-from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
 import data
 import evaluate
-import lab.checkpoints
-import lab.robust_training
 import train
 from attacks import adversarially_balanced_batch
-from lab.checkpoints import load_checkpoint, load_published_classifier
+from lab.checkpoints import load_checkpoint
 from lab.presets import PRESETS
-from lab.ranks import Ranks
 from models import WideResNet, record, representation_layers
 from purifier import build_carso, vae_loss
 from train import Lookahead, kl_weight, learning_rate, refresh_batchnorm, schedule_at
@@ -489,33 +483,6 @@ def test_one_step_of_the_full_cifar10_preset():
     assert 0.3 < bce.item() / clean.numel() < 1.5  # an untrained reconstruction: about log 2 a value
     assert all(p.grad is not None and p.grad.isfinite().all() for p in carso.purifier.parameters())
     assert all(p.grad is None for p in carso.classifier.parameters())
-
-
-def test_published_classifier_is_downloaded_and_checked(tmp_path, monkeypatch):
-    """load_classifier with the host replaced by a local one: the file is fetched once; bad accuracy is refused."""
-    served = tmp_path / "served"
-    served.mkdir()
-    network = WideResNet(10, 10, 1, in_channels=1)
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, served / "weights.safetensors")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        monkeypatch.setattr(lab.checkpoints, "BUCKET", f"http://127.0.0.1:{httpd.server_port}/")
-        args = train.parse_arguments(["--dataset", "digits", "--classifier", "published", "--data-dir", str(tmp_path)])
-        digits = data.load("digits")
-        monkeypatch.setattr(
-            lab.robust_training, "load_published_classifier", lambda f, k, *_: load_published_classifier(f, k, 0.3, 0.3)
-        )
-        ranks, p = Ranks(0, 1, torch.device("cpu")), PRESETS["digits"]
-        for expected, accepted in ((0.0, True), (0.99, False)):
-            monkeypatch.setitem(lab.checkpoints.PUBLISHED, "digits", ("weights.safetensors", expected))
-            if accepted:
-                assert train.load_classifier("published", args, digits, p, ranks).config["depth"] == 10
-                assert (tmp_path / "weights.safetensors").is_file()
-            else:
-                with pytest.raises(ValueError, match="should classify 99.0%"):
-                    train.load_classifier("published", args, digits, p, ranks)
-        httpd.shutdown()
 
 
 def test_published_is_the_default_where_it_exists():
