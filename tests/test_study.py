@@ -1,0 +1,171 @@
+"""study.md: the blocks run one after another in one session, what the text says of any CARSO is so, and links lead to
+functions."""
+
+import ast
+import contextlib
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, fresh_carso
+
+from lab.checkpoints import save_checkpoint
+
+STUDY = (ROOT / "study.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", STUDY, re.M | re.S)
+TITLES = ["set up", *re.findall(r"^\*\*(.*?)\*\*", STUDY, re.M)]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """What each block leaves: a function from the first words of its title to its names, and `printed`."""
+    folder, names, after = tmp_path_factory.mktemp("study"), {}, {}
+    carso = fresh_carso(10, samples=2, condition_dim=16, latent_dim=4, decoder_width=8)
+    save_checkpoint(folder / "runs/digits/carso.pt", carso, dataset="digits")
+    torch.manual_seed(0)
+    with contextlib.chdir(folder):
+        for title, block in zip(TITLES, BLOCKS):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(block, f"study.md, {title}", "exec"), names)
+            after[title] = SimpleNamespace(**names, printed=printed.getvalue(), folder=folder)
+    return lambda title: next(after[known] for known in TITLES if known.startswith(title))
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+
+def test_it_is_what_one_can_walk_through_in_an_hour():
+    assert len(STUDY.splitlines()) <= 120
+    assert len(TITLES) == len(BLOCKS)
+    sections = [re.match(r"[\d.]+", title).group() for title in TITLES[1:]]
+    assert sections == sorted(sections), "not in the paper's order"
+    assert all(len(block.splitlines()) <= 4 for block in BLOCKS[1:])
+
+
+def test_the_blocks_can_be_pasted():
+    """At a prompt, a loop or a function of several lines would wait for an empty line."""
+    compound = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
+    for title, block in zip(TITLES, BLOCKS):
+        assert not any(isinstance(statement, compound) for statement in ast.parse(block).body), title
+
+
+def test_every_link_leads_to_its_function():
+    links = re.findall(r"\[([^][]*)\]\((?!http)(.*?)\)", STUDY)
+    assert len(links) > 20
+    for name, file in links:
+        text = (ROOT / file).read_text()
+        for part in re.findall(r"\w+", name) if file.endswith(".py") else ():
+            assert re.search(rf"^ *(def|class) {part}\b", text, re.M), f"{file} has no {name}"
+
+
+# ------------------------------------------------------------------------------------------ what the text says is so
+
+
+def test_attacks_stay_in_the_ball_and_a_larger_one_does_more(study):
+    s = study("3 and App. A")
+    clean, pgd_half, pgd, fgsm_half, fgsm = s.losses
+    assert clean < fgsm_half < fgsm < pgd and clean < pgd_half < pgd
+    for attacked, radius in zip(s.pictures, (0, s.eps / 2, s.eps, s.eps / 2, s.eps)):
+        assert (attacked - s.x).abs().max() <= radius + 1e-6 and 0 <= attacked.min() <= attacked.max() <= 1
+    assert len(s.printed.splitlines()) == 5
+
+
+def test_a_perfect_reconstruction_costs_the_entropy_of_its_greys(study):
+    s = study("3 and App. B")
+    grey = s.x[(s.x > 0) & (s.x < 1)].double()
+    entropy = -(grey * grey.log() + (1 - grey) * (1 - grey).log()).sum()
+    torch.testing.assert_close(s.floor[0].double(), entropy, rtol=1e-4, atol=0)
+    assert s.floor[2] == 0 and s.losses[1] > s.floor[1] > 0 and s.losses[2] > 0
+    torch.testing.assert_close(s.losses[0], s.losses[1] + s.losses[2])
+
+
+def test_26_layers_and_8_and_their_pictures(study):
+    s = study("4.1")
+    lines = s.printed.splitlines()
+    assert lines[0] == "26" and len(lines) == 1 + 8 == 1 + len(s.layers)
+    assert {path.name for path in s.folder.glob("runs/*.png")} == {"layers.png", "z.png", "kinds.png"}
+
+
+def test_noise_is_as_strong_as_an_attack(study):
+    s = study("4.2")
+    assert (s.noise - s.x).abs().max() <= s.eps + 1e-6
+    first, second = (ast.literal_eval(line) for line in s.printed.splitlines())
+    assert len(first) == len(second) == 9 and second[0] >= first[0]
+    assert first[-1] > second[-1]
+
+
+def test_the_condition_is_what_the_text_counts(study):
+    s = study("4.3")
+    assert sum(layer[0].numel() for layer in s.layers) == 69_632
+    assert s.carso.purifier.condition_head[0].in_features == 4_000
+    assert s.presets.PRESETS["digits"].condition_dim == 64
+    assert s.members.std(1).mean() < s.members.mean(1).std(0).mean()
+
+
+def test_the_batch_is_balanced(study):
+    s = study("4.4: ")
+    far = (s.batch - s.x).abs().amax((1, 2, 3))
+    assert ((far > 0) == (s.kinds >= 0)).all() and far.gt(0).sum() == 12
+    assert s.kinds[s.kinds >= 0].bincount().tolist() == [3, 3, 3, 3]
+    assert (far <= torch.tensor([s.eps / 2, s.eps] * 2 + [0])[s.kinds] + 1e-6).all()
+    assert s.printed.strip().endswith("tensor(128)")
+
+
+def test_reconstructions_of_all_kinds(study):
+    s = study("4.4 and")
+    rows = [ast.literal_eval(line) for line in s.printed.splitlines()]
+    assert len(rows) == 5 and rows[0][0] == 0 and all(row[0] > 0 for row in rows[1:])
+    assert all(reconstruction.shape == s.x.shape for _, reconstruction in s.pairs)
+
+
+def test_the_decision_is_the_papers_and_its_probability_is_1(study):
+    s = study("4.5: the")
+    exact = s.logits.double().exp().sum(1)
+    assert torch.equal(exact.argmax(1), s.ours.argmax(1))
+    leads = exact.sort(1).values.diff(dim=1)[:, -1]
+    assert (s.P.amax(1)[leads > 18] == 1).all() and (leads > 18).any()
+    one = torch.tensor([[17.4, 0.0], [16.0, 0.0]]).softmax(1).amax(1)
+    assert one[0] == 1 and one[1] < 1
+    assert s.printed.startswith("tensor(24) ")
+
+
+def test_one_member_taken_over(study):
+    s = study("4.5 and")
+    (_, clean, down, up), mean, probabilities = (ast.literal_eval(line) for line in s.printed.splitlines())
+    assert clean == down > 0 == up
+    assert mean[1] > 0 and mean[2:] == (0.0, 0.0)
+    assert probabilities[1] == probabilities[2] == probabilities[3] > 0
+
+
+def test_schedules_and_lookahead(study):
+    s = study("5.1: sch")
+    schedule, steps = (ast.literal_eval(line) for line in s.printed.splitlines())
+    assert schedule == [(0, 5e-9, 0), (25, 0.064, 0), (34, 0.064, 1), (50, 0.064, 1), (200, 8e-6, 1)]
+    assert steps == pytest.approx([-1, -2, -3, -4, -5, -4.8, -5.8, -6.8])
+
+
+def test_gradients_of_more_draws_agree_more(study):
+    s = study("5.1: att")
+    one, eight = (float(number) for number in re.findall(r"tensor\((.*?)\)", s.printed))
+    assert one < eight <= 1
+
+
+def test_where_there_is_no_gradient(study):
+    s = study("5.2: why")
+    naive, flat, ours, *_, against = (ast.literal_eval(line) for line in s.printed.splitlines())
+    assert naive == {"nonfinite_logits": 1, "nonfinite": 1, "zero": 0}
+    assert flat == {"nonfinite_logits": 0, "nonfinite": 0, "zero": 1}
+    assert ours == {"nonfinite_logits": 0, "nonfinite": 0, "zero": 0}
+    assert against["cosine"] == pytest.approx(1, abs=0.01) and against["derivative"] == pytest.approx(1, abs=0.01)
+    assert torch.tensor(torch.nan).sign() == 0
+
+
+def test_one_attack_stands_still_and_the_other_moves(study):
+    s = study("5.2: the")
+    assert s.printed.startswith("True ") and len(s.printed.split()) == 4
+    loss = [F.cross_entropy(s.carso(a), s.y).item() for a in (s.naive, s.seen)]
+    assert loss[1] > 2 * loss[0]
+    assert (s.seen - s.x).abs().max() <= s.eps + 1e-6
