@@ -215,7 +215,7 @@ def test_a_checkpoint_with_strange_parts_is_named(tiny_carso, tmp_path):
     for change in (
         lambda c: c.pop("state"), lambda c: c.pop("classifier"), lambda c: c.pop("purifier_weights"),
         lambda c: c.update(classifier={"depth": 11}), lambda c: c.update(purifier={"nonsense": 1}),
-        lambda c: c.update(samples=0), lambda c: c.update(layers=["a"]), lambda c: c.update(own_answer="much"),
+        lambda c: c.update(samples=-1), lambda c: c.update(layers=["a"]), lambda c: c.update(own_answer="much"),
         lambda c: c["classifier_weights"].popitem(), lambda c: c.update(classifier_weights=[1]),
         lambda c: c["purifier_weights"].update({"to_mu.bias": "text"}),
     ):  # fmt: skip
