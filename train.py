@@ -93,6 +93,12 @@ class Lookahead:
             mine.copy_(saved)
 
 
+def purifier_optimizer(purifier: nn.Module, p: Preset) -> Lookahead:
+    """RAdam in Lookahead (section 5.1); over all tensors at once, on a CPU twice as fast as one after another."""
+    settings = dict(lr=p.learning_rate_start, betas=(0.9, 0.999), eps=1e-8, foreach=True)
+    return Lookahead(torch.optim.RAdam(purifier.parameters(), **settings), k=6, alpha=0.8)
+
+
 @torch.no_grad()
 def refresh_batchnorm(network: nn.Module, batches_through) -> None:
     """Recompute BatchNorm's running statistics as the plain mean over `batches_through()`: Lookahead's slow weights are
@@ -118,9 +124,7 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
     classifier, purifier = carso.classifier, carso.purifier
     network = ranks.wrap(purifier)
     purifier.recompute = micro_batch is not None
-    settings = dict(betas=(0.9, 0.999), eps=1e-8, foreach=True)  # on a CPU twice as fast as one tensor after another
-    optimizer = torch.optim.RAdam(purifier.parameters(), lr=p.learning_rate_start, **settings)
-    lookahead = Lookahead(optimizer, k=6, alpha=0.8)
+    lookahead = purifier_optimizer(purifier, p)
     count = len(data.train_labels)
     steps = len(datasets.batches(count, p.batch_size, 0, 0))
     perturb = perturbing(run, data, classifier, p, micro_batch)
@@ -135,11 +139,11 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
 
     def step(epoch, number, indices, first):
         at = schedule_at(epoch, number, steps, p)
-        optimizer.param_groups[0]["lr"] = learning_rate(at, p) if at else p.learning_rate_start
+        lookahead.optimizer.param_groups[0]["lr"] = learning_rate(at, p) if at else p.learning_rate_start
         carso.train()
         clean, reconstruction, mu, logvar = forward("purifier", epoch, number, indices, first)
         loss, bce, kld = vae_loss(reconstruction, clean, mu, logvar, kl_weight(at, p))
-        optimizer.zero_grad()
+        lookahead.optimizer.zero_grad()
         (loss * ranks.count).backward()  # DDP averages over ranks: this is the global batch's sum
         lookahead.step()
         return torch.stack([loss, bce, kld]).detach()

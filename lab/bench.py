@@ -32,10 +32,12 @@ from lab.ranks import keep_freed_memory
 from lab.target import Target, climb
 from models import Norm, WideResNet, record, representation_layers
 from purifier import CARSO, build_carso, vae_loss
-from train import Lookahead
+from train import Lookahead, purifier_optimizer
 
 EPS, STEPS, STEP_SIZE, DRAWS = 8 / 255, 40, 0.01, 20  # the paper's, table 12
 EOT = f"EoT of {DRAWS} draws, 4 pictures"
+# A whole step, and the share of (a) that it pays: --attack-versions 4 spreads the attacks of 8 epochs over 200.
+WHOLE = {"(a) + (b), attacked anew": 1.0, "(a) + (b), 4 versions": 4 / (PAPER.fraction * PAPER.epochs)}
 ATTACKS = "classifier gradient", "(a) balanced batch", "(d) gradient", EOT  # what --precision bf16 is for
 
 # ---------------------------------------------------------------------------------------------- the work, in two ways
@@ -49,10 +51,9 @@ def training_loss(carso: CARSO, x: torch.Tensor) -> torch.Tensor:
     return vae_loss(reconstruction, x, mu, logvar, beta=1.0)[0]
 
 
-def parts(carso: CARSO, whole, balanced_batch, averaged_gradient, x: torch.Tensor, y: torch.Tensor) -> dict:
+def parts(carso: CARSO, lookahead: Lookahead, whole, balanced_batch, averaged_gradient, x, y) -> dict:
     """Part -> a function that does it once, for pictures x (B, C, H, W) in [0, 1] and labels y (B,)."""
     classifier = carso.classifier
-    lookahead = Lookahead(torch.optim.RAdam(carso.purifier.parameters(), lr=1e-6))
 
     def training_step():
         lookahead.optimizer.zero_grad()
@@ -75,8 +76,8 @@ def ours(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
     def balanced_batch():
         adversarially_balanced_batch(carso.classifier, x, y, EPS, 0.5, STEPS, STEP_SIZE)
 
-    target = Target(carso, limit=10**9)
-    return parts(carso, carso, balanced_batch, lambda: climb(target, y[:4], "ce", DRAWS)(x[:4]), x, y)
+    target, lookahead = Target(carso, limit=10**9), purifier_optimizer(carso.purifier, PAPER)
+    return parts(carso, lookahead, carso, balanced_batch, lambda: climb(target, y[:4], "ce", DRAWS)(x[:4]), x, y)
 
 
 def plain(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
@@ -102,7 +103,8 @@ def plain(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
         members = torch.func.vmap(lambda z: classifier(purifier.decode(z, condition)), in_dims=1, out_dims=1)
         return robust_logits(members(carso.draw(x, carso.samples)))
 
-    return parts(carso, whole, balanced_batch, lambda: objective(whole, y[:4], eot=DRAWS)(x[:4]), x, y)
+    lookahead = Lookahead(torch.optim.RAdam(purifier.parameters(), lr=PAPER.learning_rate_start))
+    return parts(carso, lookahead, whole, balanced_batch, lambda: objective(whole, y[:4], eot=DRAWS)(x[:4]), x, y)
 
 
 # ------------------------------------------------------------------------------------------------------- measurement
@@ -159,8 +161,12 @@ def table(carso: CARSO, x: torch.Tensor, y: torch.Tensor, repeats: int, bf16: bo
         }
     carso.eval()
     times, limit = measure(ways, x.device, repeats, torch.bfloat16 if bf16 else torch.float32)
-    rows = []
-    for name in ways["ours"]:
+    rows, batch, step = [], "(a) balanced batch", "(b) training step"
+    for name, share in {} if bf16 else WHOLE.items():  # the plain way always attacks anew
+        flop[name] = share * flop[batch] + flop[step]
+        for way, paid in zip(ways, (share, 1)):
+            times[way, name] = [paid * a + b for a, b in zip(times[way, batch], times[way, step])]
+    for name in flop:
         own, pictures = times["ours", name], 4 if name == EOT else len(x)
         rate = flop[name] / min(own)
         row = {"part": name, "seconds": min(own), "pictures_per_second": pictures / min(own)}
@@ -217,8 +223,7 @@ def scenario(p: Preset, classes: int, shape) -> dict[str, float]:
 
 def memory_plan(tflops: float) -> None:
     """What the presets' purifier training needs on GPUs, computed: activations of the attack or of the training step,
-    whichever is more, and five copies of the parameters (weights, gradient, two moments, slow weights), without the
-    convolutions' workspaces."""
+    whichever are more, and five copies of the parameters (weights, gradient, two moments, slow weights)."""
     print(f"{'':<14} GPUs  pictures each  GB each  with --micro-batch   hours  at {tflops:g} TFLOP/s")
     for name, count, chunk in (("cifar10", 50_000, 640), ("cifar100", 50_000, 640), ("tinyimagenet", 100_000, 128)):
         p = PRESETS[name]

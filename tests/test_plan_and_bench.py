@@ -150,9 +150,14 @@ def quick(monkeypatch):
 
 def test_bench_measures_every_part_both_ways(quick, tmp_path, monkeypatch, capsys):
     result = json.loads(here(bench, tmp_path, [*DIGITS, "--against", "plain", "--json"], monkeypatch, capsys))
-    assert len(result["rows"]) == 7 and result["matrix_gflop_per_second"] > 0
+    assert len(result["rows"]) == 9 and result["matrix_gflop_per_second"] > 0
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in result["rows"])
     assert result["config"]["batch_size"] == 8
+    rows = {row["part"]: row for row in result["rows"]}
+    batch, step, whole, once = (row for name, row in rows.items() if name.startswith(("(a)", "(b)")))
+    assert whole["seconds"] == pytest.approx(batch["seconds"] + step["seconds"])
+    assert once["seconds"] == pytest.approx(batch["seconds"] * 8 / 200 + step["seconds"])  # 4 of 0.5 an epoch
+    assert once["plain_seconds"] == whole["plain_seconds"]
 
 
 def test_both_ways_compute_the_same():
@@ -185,7 +190,7 @@ def test_bench_in_bf16_measures_the_attacks_only(quick, tmp_path, monkeypatch, c
 
 def test_benchs_table_and_refusals(quick, tmp_path, monkeypatch, capsys):
     said = here(bench, tmp_path, DIGITS, monkeypatch, capsys).splitlines()
-    assert len(said) == 9 and said[0].startswith("WRN-10-1, batch 8, S 8, cpu") and "ratio" not in said[1]
+    assert len(said) == 11 and said[0].startswith("WRN-10-1, batch 8, S 8, cpu") and "ratio" not in said[1]
     for options, sentence in (
         (["--depth", "11"], "--depth 11 must be 6n + 4"),
         (["--batch-size", "4"], "--batch-size 4 must be 8 or more"),
