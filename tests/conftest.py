@@ -86,20 +86,19 @@ def reference_carso(wrn_10_2) -> CARSO:
     return carso.eval()
 
 
-def fresh_carso(num_classes: int, samples: int, **sizes) -> CARSO:
-    """An untrained CARSO for grey pictures whose answers depend on the picture: BatchNorm's statistics are those of
-    some pictures (with the initial ones, the signal dies out on its way through the layers and gradients are rounding
-    noise)."""
+def fresh_carso(num_classes: int, samples: int, channels: int = 1, **sizes) -> CARSO:
+    """An untrained CARSO whose answers depend on the picture: BatchNorm's statistics are those of some pictures (with
+    the initial ones, the signal dies out on its way through the layers and gradients are rounding noise)."""
     torch.manual_seed(0)
-    classifier, layers = WideResNet(num_classes, 10, 1, in_channels=1), representation_layers(10)
-    x = torch.rand(16, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    classifier, layers = WideResNet(num_classes, 10, 1, in_channels=channels), representation_layers(10)
+    x = torch.rand(16, channels, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     for module in classifier.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
         classifier.train()(x)
         classifier.logits.weight.mul_(10)
-        carso = build_carso(classifier, layers, (1, 32, 32), samples, **sizes)
+        carso = build_carso(classifier, layers, (channels, 32, 32), samples, **sizes)
         for module in carso.purifier.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.momentum = 1.0

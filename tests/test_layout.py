@@ -31,7 +31,7 @@ def imports(module: str) -> set[str]:
 
 
 def test_the_root_is_the_card():
-    assert {name for name in FILES if "." not in name} - {"hubconf"} == CARD
+    assert {name for name in FILES if "." not in name} == CARD | {"hubconf"}  # torch.hub looks nowhere else
 
 
 def test_three_files_can_be_copied_alone():
@@ -47,7 +47,7 @@ def test_no_circle_and_scripts_are_leaves():
         done |= ready
     for name in FILES.keys() - {"lab.bench"}:
         assert not imports(name) & {"train", "evaluate"}, name
-    for leaf in ("lab.compare", "lab.plot", "lab.bench", "lab.torture"):
+    for leaf in ("hubconf", "lab.compare", "lab.plot", "lab.bench", "lab.torture"):
         assert not any(leaf in imports(name) for name in FILES), leaf
 
 
