@@ -25,12 +25,13 @@ from torch import nn
 
 import data as datasets
 from lab.checkpoints import PUBLISHED, fingerprint_of, load_checkpoint, load_start
+from lab.foreign import check_answers
 from lab.perturb import perturbing, recorded
-from lab.presets import PAPER, PRESETS, Preset, add_options, choose_preset
+from lab.presets import PAPER, PRESETS, Preset, add_options, check_options, choose_preset
 from lab.ranks import keep_freed_memory, start_ranks
 from lab.robust_training import load_classifier, stage_one, train_end_to_end
 from lab.run import DECIDED, Run, Stopped, drawing, fingerprint, finish, load_data
-from lab.start import launched, usable
+from lab.start import launched, out_of_memory, usable
 from models import WideResNet, representation_layers
 from purifier import CARSO, build_carso, vae_loss
 
@@ -189,17 +190,22 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def untrained(classifier: WideResNet, shape, p: Preset, tap: list[str] | None) -> CARSO:
+    """A fresh purifier around the classifier, for pictures of this shape (C, H, W). ValueError if a layer that it is to
+    see does not suit it."""
+    sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
+    return build_carso(classifier, tap or representation_layers(classifier.config["depth"]), shape, p.samples, **sizes)
+
+
 def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     """The preset with what the command line overrides, and the run's name. ValueError for what makes no sense."""
+    check_options(args)
     p = choose_preset(args.preset or (args.dataset if args.dataset in PRESETS else "cifar10"), args)
-    with torch.device("meta"):
-        names = dict(WideResNet(2, p.depth, p.width).named_modules())
     fresh = args.objective == "paper" or args.start == "scratch"
     decided = ["--" + name.replace("_", "-") for name in DECIDED if getattr(args, name) is not None]
     for refused, sentence in (
-        (set(args.tap or ()) - names.keys(), f"--tap: a WRN-{p.depth}-{p.width} has no layer "
-         + ", ".join(sorted(set(args.tap or ()) - names.keys()))),
-        (args.micro_batch is not None and args.micro_batch < 1, "--micro-batch must be 1 or more"),
+        (args.name and Path().resolve() / "runs" not in (Path("runs") / args.name).resolve().parents,
+         "--name is that of a folder under runs/"),
         (args.objective == "paper" and args.start, "--from goes with --objective end-to-end"),
         (not fresh and args.classifier, "--classifier goes with --from scratch; else the checkpoint's own is used"),
         (not fresh and decided, f"{' and '.join(decided)}: the checkpoint that --from names decides that"),
@@ -210,7 +216,7 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
          "--train-on and --classifier exclude each other: is the classifier to be trained or not?"),
         (args.stage == "classifier" and (args.classifier or "train") != "train",
          "--stage classifier and --classifier exclude each other: is the classifier to be trained or not?"),
-        (args.classifier == "published" and args.dataset not in PUBLISHED,
+        ("published" in (args.classifier, args.train_on) and args.dataset not in PUBLISHED,
          f"no classifier is published for {args.dataset}; known are {', '.join(PUBLISHED)}"),
     ):  # fmt: skip
         if refused:
@@ -252,7 +258,13 @@ def main() -> int:
             start = load_start(args.start, data, ranks.device)
         elif args.train_on or args.classifier != "train":
             classifier = load_classifier(args.train_on or args.classifier, args, data, p, ranks)
-        given = start or classifier
+        shape, device, given = tuple(data.train_images.shape[1:]), ranks.device.type, start or classifier
+        if start:
+            check_answers(start, args.start, data.test_images, len(data.classes), ranks.device)
+        else:
+            with torch.device("meta"):  # whether it can be built, before hours of stage one
+                sizes = dict(num_classes=2, depth=p.depth, width=p.width, in_channels=shape[0])
+                untrained(WideResNet(**(classifier.config if classifier else sizes)), shape, p, args.tap)
         run.settle(write=ranks.first, weights=fingerprint_of(given) if given else None)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -260,7 +272,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped before the training began", file=sys.stderr)
         return 130
-    shape, device = tuple(data.train_images.shape[1:]), ranks.device.type
     run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, {len(data.classes)} classes; "
             f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip
     try:
@@ -273,9 +284,7 @@ def main() -> int:
             return 0
         if start is None:  # an untrained purifier around the classifier
             torch.manual_seed(args.seed)
-            sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
-            layers = args.tap or representation_layers(classifier.config["depth"])
-            start = build_carso(classifier, layers, shape, p.samples, **sizes).to(ranks.device)
+            start = untrained(classifier, shape, p, args.tap).to(ranks.device)
         if args.objective == "end-to-end":
             train_end_to_end(run, data, start, p, args.micro_batch)
         else:
@@ -290,8 +299,10 @@ def main() -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError:
-        print("train.py: the GPU's memory is not enough: add --micro-batch 64, say, and the command goes on from "
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print("train.py: the memory is not enough: add --micro-batch 64, say, and the command goes on from "
               "the last checkpoint; or choose smaller batches, and another --name", file=sys.stderr)  # fmt: skip
         return 2
     except OSError as error:

@@ -27,8 +27,9 @@ from torch import nn
 from aggregate import robust_logits
 from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, fgsm, objective, pgd
 from lab.plan import count_flop
-from lab.presets import COUNT, DEPTH, PAPER, PRESETS, Preset
+from lab.presets import COUNT, DEPTH, PAPER, POSITIVE, PRESETS, Preset, check_bounds
 from lab.ranks import keep_freed_memory
+from lab.start import out_of_memory, usable
 from lab.target import Target, climb
 from models import Norm, WideResNet, record, representation_layers
 from purifier import CARSO, build_carso, vae_loss
@@ -253,16 +254,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+BOUNDS = {"depth": DEPTH, "width": COUNT, "repeats": COUNT, "tflops": POSITIVE,
+          "threads": ("must be 1 to 1000", lambda v: 1 <= v <= 1000),
+          "batch_size": ("must be 8 or more, up to a million: half of it is divided among four attacks",
+                         lambda v: 8 <= v <= 1e6)}  # fmt: skip
+
+
 def prepare(args) -> tuple[CARSO, torch.Tensor, torch.Tensor]:
     """What is to be timed. ValueError for what makes no sense."""
-    for name, (sentence, allowed) in {"depth": DEPTH, "width": COUNT, "threads": COUNT, "repeats": COUNT}.items():
-        value = getattr(args, name)
-        if value is not None and not allowed(value):
-            raise ValueError(f"--{name} {value} {sentence}")
-    if args.batch_size < 8:
-        raise ValueError(f"--batch-size {args.batch_size} must be 8 or more: half of it is divided among four attacks")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here; leave --device out")
+    for name, bounds in BOUNDS.items():
+        if (value := getattr(args, name)) is not None:
+            check_bounds("--" + name.replace("_", "-"), value, bounds)
+    usable(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
     p = PRESETS[args.preset] if args.preset else dataclasses.replace(PAPER, depth=10, width=2)
@@ -273,13 +276,15 @@ def prepare(args) -> tuple[CARSO, torch.Tensor, torch.Tensor]:
 def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
-    if args.memory_plan:
-        memory_plan(args.tflops)
-        return 0
     try:
         carso, x, y = prepare(args)
+        if args.memory_plan:
+            memory_plan(args.tflops)
+            return 0
         result = table(carso, x, y, args.repeats, args.precision == "bf16", args.against is not None)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, ValueError) and not out_of_memory(error):
+            raise
         print(f"bench: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     if args.json:

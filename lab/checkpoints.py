@@ -56,12 +56,15 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
 
     Opened with weights_only=True. Raises ValueError if the file is missing, broken, or of another format."""
     content = read_tensors(path)
-    if not isinstance(content, dict) or content.get("format") != "carso-1":
+    if content.get("format") != "carso-1":
         raise ValueError(f"{path} is not a CARSO checkpoint (train.py writes one as runs/NAME/carso.pt)")
     check_whole(path)
     kinds = dict(classifier=dict, purifier=dict, layers=list, samples=int, state=dict)
     if wrong := [part for part, kind in kinds.items() if not isinstance(content.get(part), kind)]:
         raise ValueError(f"{path} is a CARSO checkpoint without {', '.join(wrong)}")
+    state, said = content["state"], dict(dataset=str, data_dir=str, config=dict, classes=list)
+    if wrong := [name for name, kind in said.items() if not isinstance(state.get(name) or kind(), kind)]:
+        raise ValueError(f"{path} says something strange of its training: {wrong[0]} {state[wrong[0]]!r:.50}")
     classifier = built(path, WideResNet, content["classifier"])
     load_state(classifier, content.get("classifier_weights"), path)
     content["purifier"].pop("image_widths", None)  # early checkpoints say what is always so
@@ -70,13 +73,12 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
     share = content.get("own_answer") or 0.0
     share = 0.5 if share is True else share  # early checkpoints said yes or no
     rest = dict(layers=content["layers"], samples=content["samples"], own_answer=share)
-    return built(path, CARSO, rest, classifier, purifier).to(device), content["state"]
+    return built(path, CARSO, rest, classifier, purifier).to(device), state
 
 
 def is_checkpoint(path) -> bool:
     """Is this a file of save_checkpoint's, and not one of a classifier's weights?"""
-    content = read_tensors(path)
-    return isinstance(content, dict) and "format" in content
+    return "format" in read_tensors(path)
 
 
 def check_fits(carso: CARSO, path, name: str, image_shape, num_classes: int, trained_on=None, classes=None) -> None:

@@ -35,18 +35,41 @@ def eps_text(eps: float) -> str:
     return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else f"{eps:g}"
 
 
-# What a number must be: the sentence that refuses it, and the test. (NaN fails every comparison, as it should.)
-COUNT = "must be 1 or more", lambda v: v >= 1
-SEVERAL = "must be 2 or more: BatchNorm needs them", lambda v: v >= 2
-NUMBER = "must be 0 or more", lambda v: 0 <= v < math.inf
+# What a number must be: the sentence that refuses it, and the test. (NaN fails every comparison, as it should; beyond a
+# million a number is a slip, which would overflow somewhere, or never end.)
+COUNT = "must be 1 or more, up to a million", lambda v: 1 <= v <= 1e6
+SEVERAL = "must be 2 or more, up to a million: BatchNorm needs them", lambda v: 2 <= v <= 1e6
+NUMBER = "must be 0 or more, up to a million", lambda v: 0 <= v <= 1e6
 POSITIVE = "must be positive", lambda v: 0 < v < math.inf
 SHARE = "is not a share between 0 and 1", lambda v: 0 <= v <= 1
 PART = "is not a share of at least 0 and less than 1", lambda v: 0 <= v < 1
 MOMENTUM = "must be more than 0 and at most 1", lambda v: 0 < v <= 1
 RADIUS = "is not a distance between pixels in [0, 1]; write 8/255, say", lambda v: 0 < v <= 1
-DEPTH = "must be 6n + 4 (10, 16, 22, 28, ...)", lambda v: v >= 10 and v % 6 == 4
-WIDTH = "must be 8 or more: it is halved three times", lambda v: v >= 8
+DEPTH = "must be 6n + 4 (10, 16, 22, 28, ...), up to 1000", lambda v: 10 <= v <= 1000 and v % 6 == 4
+WIDTH = "must be 8 or more, up to a million: it is halved three times", lambda v: 8 <= v <= 1e6
 SWITCH = "is true or false", lambda v: v in (True, False)
+SEED = "must be less than 2^32 away from 0", lambda v: abs(v) < 2**32
+
+
+def check_bounds(option: str, value, bounds) -> None:
+    """ValueError, with the option's name, for a value out of its bounds."""
+    sentence, allowed = bounds
+    if not allowed(value):
+        raise ValueError(f"{option} {value if isinstance(value, int) else f'{value:g}'} {sentence}")
+
+
+OTHERS = {"seed": SEED, "save_every": NUMBER, "micro_batch": COUNT, "limit": COUNT, "samples": COUNT}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """What both scripts' options beside presets and budgets must be: the numbers within OTHERS, and no text empty, as a
+    variable that is not set leaves it in a shell. ValueError, with the option's name."""
+    for name, value in vars(args).items():
+        option = "--from" if name == "start" else "--" + name.replace("_", "-")
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError(f"{option} is empty: give it a value, or leave it out")
+        if name in OTHERS and value is not None:
+            check_bounds(option, value, OTHERS[name])
 
 
 def setting(default, bounds, meaning: str):
@@ -179,9 +202,7 @@ def overridden(chosen, args: argparse.Namespace):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(chosen)}
     chosen = dataclasses.replace(chosen, **{k: v for k, v in given.items() if v is not None})
     for f in dataclasses.fields(chosen):
-        (sentence, allowed), value = f.metadata["bounds"], getattr(chosen, f.name)
-        if not allowed(value):
-            raise ValueError(f"--{f.name.replace('_', '-')} {value:g} {sentence}")
+        check_bounds("--" + f.name.replace("_", "-"), getattr(chosen, f.name), f.metadata["bounds"])
     return chosen
 
 
@@ -246,5 +267,11 @@ def table() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    argparse.ArgumentParser("presets", description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    main()

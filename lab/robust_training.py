@@ -18,6 +18,7 @@ from aggregate import robust_logits
 from attacks import pgd
 from lab.checkpoints import PUBLISHED, fetch_published_classifier, load_published_classifier
 from lab.files import write_atomically
+from lab.foreign import check_answers
 from lab.presets import Preset
 from lab.ranks import Ranks
 from lab.run import Run, accuracy, drawing, unwrapped
@@ -108,6 +109,7 @@ def load_classifier(weights: str, args, data: datasets.Dataset, p: Preset, ranks
             file = fetch_published_classifier(args.dataset, args.data_dir)
     classifier = load_published_classifier(file, len(data.classes), data.mean, data.std, args.trust_pickle)
     classifier.to(ranks.device)
+    check_answers(classifier, file, data.test_images, len(data.classes), ranks.device)
     clean = accuracy(classifier, data, 1000)
     if ranks.first:
         print(f"classifier: {file}, clean accuracy {clean:.1%} on {min(1000, len(data.test_labels))} test pictures")
@@ -126,9 +128,10 @@ def stage_one(run: Run, data: datasets.Dataset, p: Preset, start=None, limit=Non
     made before."""
     path = run.folder / "classifier.pt"
     if kept := run.ranks.load(path):
-        weights = kept["state_dict"]
-        mean, std = weights.pop("mean"), weights.pop("std")
-        classifier = WideResNet(len(data.classes), p.depth, p.width, len(mean), mean, std)
+        weights = kept.get("state_dict")
+        weights = dict(weights) if isinstance(weights, dict) else {}
+        mean, std = (weights.pop(name, getattr(data, name)) for name in ("mean", "std"))
+        classifier = WideResNet(len(data.classes), p.depth, p.width, len(data.mean), mean, std)
         load_state(classifier, weights, path)
         return classifier.to(run.ranks.device).eval()
     classifier = train_classifier(run, data, p, start, limit)

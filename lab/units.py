@@ -13,7 +13,6 @@ import dataclasses
 import fcntl
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import data as datasets
 from lab.files import write_npz
 from lab.presets import Budget
 from lab.race import least, lost, race
+from lab.start import out_of_memory
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, deterministic, full_precision, hits, reseed, seed_for
 
 UNITS = 2  # the version of what a unit's file means; another one's are never mixed with these
@@ -97,10 +97,9 @@ class Evaluation:
         while True:
             try:
                 return work()
-            except torch.cuda.OutOfMemoryError:
-                if self.limit <= 16:
-                    print("evaluate.py: out of memory even so; choose a smaller --chunk", file=sys.stderr)
-                    sys.exit(2)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.limit <= 16:
+                    raise
             torch.cuda.empty_cache()
             self.limit //= 2
             print(f"out of memory: going on with {self.limit} pictures at a time", flush=True)
@@ -122,8 +121,7 @@ class Evaluation:
         names = list(self.attacks)[: list(self.attacks).index(name)] if self.cascade and name not in CONTROLS else []
         for earlier in names:
             if self.bare(earlier) == self.bare(name) and self.file(earlier, start).is_file():
-                with np.load(self.file(earlier, start)) as file:
-                    standing &= torch.from_numpy(file["select"] > 0).to(self.device)
+                standing &= torch.from_numpy(self.read(earlier, start)["select"] > 0).to(self.device)
         return standing
 
     def attack(self, name: str, start: int) -> None:
@@ -174,7 +172,7 @@ class Evaluation:
         candidates; among equals a real attack counts, not the clean picture; a picture that was lost on every draw
         counts with the first attack that took it so."""
         (x, y), b, began = self.pictures(start), self.budget_for("clean"), time.monotonic()
-        files = [dict(np.load(self.file(n, start))) for n in names]
+        files = [self.read(n, start) for n in names]
         found = torch.from_numpy(np.stack([f["found"] for f in files])).to(self.device)  #    (attacks, B)
         select = torch.from_numpy(np.stack([f["select"] for f in files])).to(self.device)  #  (attacks, B)
         worst = torch.from_numpy(np.stack([f["worst"] for f in files])).to(self.device)  #    (attacks, B, C, H, W)
@@ -203,6 +201,15 @@ class Evaluation:
     def write(self, name: str, start: int, began: float, values: dict) -> None:
         arrays = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         write_npz(self.file(name, start), seconds=time.monotonic() - began, **arrays)
+
+    def read(self, name: str, start: int) -> dict[str, np.ndarray]:
+        """A finished unit. OSError if its file is damaged."""
+        path = self.file(name, start)
+        try:
+            with np.load(path) as file:
+                return {key: file[key] for key in ("hits", "select", "seconds")} | dict(file)
+        except Exception as error:  # numpy and zipfile raise anything
+            raise OSError(f"{path} is damaged ({error!r}): delete it, and it is made again") from None
 
     # --------------------------------------------------------------------------------------------- who does which
 
@@ -256,13 +263,15 @@ class Evaluation:
 
     def accuracy(self, name: str) -> float:
         """Under one attack, over all chunks."""
-        return float(np.concatenate([np.load(self.file(name, start))["hits"].mean(1) for start in self.starts]).mean())
+        return float(np.concatenate([self.read(name, start)["hits"].mean(1) for start in self.starts]).mean())
 
     def told(self, name: str, start: int) -> float:
         """Says what a finished unit found; returns its seconds."""
-        with np.load(self.file(name, start)) as file:
-            right, pictures, seconds = file["hits"].mean(), len(file["hits"]), float(file["seconds"])
-        tqdm.write(f"{name:>12}  pictures {start}-{start + pictures - 1}  right {right:6.1%}  in {seconds:.0f} s")
+        unit = self.read(name, start)
+        hits, seconds = unit["hits"], float(unit["seconds"])
+        tqdm.write(
+            f"{name:>12}  pictures {start}-{start + len(hits) - 1}  right {hits.mean():6.1%}  in {seconds:.0f} s"
+        )
         return seconds
 
     @contextlib.contextmanager

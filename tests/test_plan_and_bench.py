@@ -189,8 +189,10 @@ def test_benchs_table_and_refusals(quick, tmp_path, monkeypatch, capsys):
     for options, sentence in (
         (["--depth", "11"], "--depth 11 must be 6n + 4"),
         (["--batch-size", "4"], "--batch-size 4 must be 8 or more"),
-        (["--threads", "0"], "--threads 0 must be 1 or more"),
-        (["--device", "cuda"], "there is no CUDA device here"),
+        (["--threads", "0"], "--threads 0 must be 1 to 1000"),
+        (["--width", "9" * 30], f"--width {'9' * 30} must be 1 or more"),
+        (["--memory-plan", "--tflops", "nan"], "--tflops nan must be positive"),
+        (["--device", "cuda"], "--device cuda cannot be used here"),
     ):
         if torch.cuda.is_available() and "cuda" in options:
             continue
