@@ -225,7 +225,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
     add("--view", choices=VIEWS, help="what attacks see (default: the decision's own)")
     add("--search-precision", choices=["fp32", "bf16"], default="fp32", help="of attacks; audit and scores are float32")
-    add("--plan", action="store_true", help="only print passes, FLOP and hours of the chosen attacks")
+    add("--plan", action="store_true", help="only print passes, FLOP, hours and memory of the chosen attacks")
     add("--sweep", choices=audit.SWEEPS, help="repeat one attack over a range of this, with a plot")
     add("--budget", choices=BUDGETS, help="default: reduced for digits, paper for the rest")
     add("--dataset", help="default: the one it was trained on")

@@ -105,8 +105,8 @@ class Evaluation:
             print(f"out of memory: going on with {self.limit} pictures at a time", flush=True)
 
     def one_call(self, x, y, gradient: bool, classifier: bool, draws: int) -> torch.Tensor:
-        """What an attack does again and again; for the plan. Returns the gradient, or the logits (B, E, K)."""
-        target = self.target(classifier, self.view)
+        """What an attack does again and again, a picture's draws together: the gradient, or logits (B, E, K)."""
+        target = self.target(classifier, self.view).like_this(limit=max(self.limit, draws * self.samples))
         if gradient:
             with self.search_precision():
                 return climb(target, y, "ce", draws)(x)[1]
