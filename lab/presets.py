@@ -36,10 +36,11 @@ def eps_text(eps: float) -> str:
 
 
 # What a number must be: the sentence that refuses it, and the test. (NaN fails every comparison, as it should; beyond a
-# million a number is a slip, which would overflow somewhere, or never end.)
+# million a count is a slip, which would overflow somewhere, or never end.)
 COUNT = "must be 1 or more, up to a million", lambda v: 1 <= v <= 1e6
 SEVERAL = "must be 2 or more, up to a million: BatchNorm needs them", lambda v: 2 <= v <= 1e6
-NUMBER = "must be 0 or more, up to a million", lambda v: 0 <= v <= 1e6
+WHOLE = "must be 0 or more, up to a million", lambda v: 0 <= v <= 1e6
+NUMBER = "must be 0 or more", lambda v: 0 <= v < math.inf
 POSITIVE = "must be positive", lambda v: 0 < v < math.inf
 SHARE = "is not a share between 0 and 1", lambda v: 0 <= v <= 1
 PART = "is not a share of at least 0 and less than 1", lambda v: 0 <= v < 1
@@ -87,7 +88,7 @@ class Preset:
     classifier_batch_size: int = setting(512, SEVERAL, "pictures a step, over all processes")
     classifier_learning_rate: float = setting(0.2, NUMBER, "peak of a one-cycle schedule, SGD with Nesterov momentum")
     classifier_weight_decay: float = setting(5e-4, NUMBER, "of the SGD")
-    classifier_ramp: int = setting(5, NUMBER, "epochs over which the attack's radius grows from 0 to eps")
+    classifier_ramp: int = setting(5, WHOLE, "epochs over which the attack's radius grows from 0 to eps")
     classifier_attack_steps: int = setting(10, COUNT, "PGD, each step 2.5 eps / steps (Madry et al. 2018)")
     classifier_bn_momentum: float = setting(0.01, MOMENTUM, "larger where few steps let the running statistics settle")
     augment: bool = setting(True, SWITCH, "random crops (shifts by up to 4 pixels), for the classifier and end to end")
@@ -105,17 +106,17 @@ class Preset:
     learning_rate: float = setting(0.064, NUMBER, "on the plateau; the same for any number of processes")
     learning_rate_start: float = setting(5e-9, NUMBER, "before the warm-up")
     learning_rate_end: float = setting(8e-6, NUMBER, "after the anneal")
-    warmup: int = setting(25, NUMBER, "epochs")
-    plateau: int = setting(25, NUMBER, "epochs; the rest anneals")
-    kl_from: int = setting(25, NUMBER, "the KL weight is 0 until this epoch")
-    kl_to: int = setting(34, NUMBER, "and 1 from this one")
+    warmup: int = setting(25, WHOLE, "epochs")
+    plateau: int = setting(25, WHOLE, "epochs; the rest anneals")
+    kl_from: int = setting(25, WHOLE, "the KL weight is 0 until this epoch")
+    kl_to: int = setting(34, WHOLE, "and 1 from this one")
 
     # Adversarially-balanced batches, table 12
     eps: float = setting(8 / 255, RADIUS, "largest radius, in pixels")
     fraction: float = setting(0.5, SHARE, "perturbed share of each batch")
     attack_steps: int = setting(40, COUNT, "PGD")
     attack_step_size: float = setting(0.01, POSITIVE, "of PGD, in pixels")
-    attack_versions: int = setting(0, NUMBER, "attack the training set so many times, before the training (ours; 4: by "
+    attack_versions: int = setting(0, WHOLE, "attack the training set so many times, before the training (ours; 4: by "
                                    "every kind once); 0: every batch anew, as the paper")  # fmt: skip
 
     # Training end to end, --objective end-to-end (ours; see RESULTS.md)
