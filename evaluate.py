@@ -36,9 +36,9 @@ from lab.checkpoints import check_fits, fingerprint_of, is_checkpoint, load_chec
 from lab.checkpoints import load_published_classifier as load_classifier
 from lab.files import check_config, write_text
 from lab.foreign import check_answers, load_function
-from lab.presets import BUDGETS, Budget, add_options, eps_text, overridden, parse_number
+from lab.presets import BUDGETS, Budget, add_options, check_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
-from lab.start import launched, usable
+from lab.start import launched, out_of_memory, usable
 from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found, remember_best
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, differentiable
 from lab.units import UNITS, Evaluation
@@ -135,6 +135,7 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
 
 def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     """Everything that can be refused is refused here, with ValueError or OSError."""
+    check_options(args)
     usable(args.device)
     if args.control and not args.ckpt:
         raise ValueError("--control needs --ckpt")
@@ -152,14 +153,12 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     budget = dataclasses.replace(budget, n=min(budget.n, len(data.test_labels)))
     eps = args.eps if args.eps is not None else (state.get("config") or {}).get("eps", 8 / 255)
     samples = getattr(model, "samples", 1) if args.samples is None else args.samples
-    if samples < 0 or args.limit < 1:
-        raise ValueError("--samples must be 0 or more (0: one reconstruction, of z = 0), --limit 1 or more")
     if samples == 0 and (args.control == "fixed-z" or args.sweep == "samples" or not hasattr(model, "purifier")):
         raise ValueError("--samples 0 is a CARSO's single reconstruction of z = 0, which allows no other z")
     if hasattr(model, "purifier"):
         model.samples = samples
-    if not 0 <= eps <= 1:
-        raise ValueError(f"--eps {eps:g} is not a distance between pixels in [0, 1]; write 8/255, say")
+    if not isinstance(eps, (int, float)) or not 0 <= eps <= 1:
+        raise ValueError(f"--eps {eps} is not a distance between pixels in [0, 1]; write 8/255, say")
     if args.own_answer is not None:
         if not hasattr(model, "own_answer") or not 0 <= args.own_answer < 1:
             raise ValueError("--own-answer is for a CARSO, a share of at least 0 and less than 1")
@@ -189,10 +188,9 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "classes": len(data.classes),
         **dataclasses.asdict(budget),
     }
-    folder = args.out or source.parent / (
-        f"eval-eps{eps_text(eps).replace('/', '_')}-S{samples}-n{budget.n}-steps{budget.steps}-eot{budget.eot}-"
-        + hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=3).hexdigest()
-    )
+    settings = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=3).hexdigest()
+    settings = f"S{samples}-n{budget.n}-steps{budget.steps}-eot{budget.eot}-{settings}"
+    folder = Path(args.out or source.parent / f"eval-eps{eps_text(eps).replace('/', '_')}-{settings}")
     check_config(folder / "config.json", config, "--out", write=not args.plan)
     e = Evaluation(model, images, labels, config, budget, folder, args.device, args.limit, ATTACKS)
     e.judge, e.note = others.get("judge"), data.note
@@ -222,12 +220,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
     add("--view", choices=VIEWS, help="what attacks see (default: the decision's own)")
     add("--search-precision", choices=["fp32", "bf16"], default="fp32", help="of attacks; audit and scores are float32")
-    add("--plan", action="store_true", help="only print passes, FLOP and hours of the chosen attacks")
+    add("--plan", action="store_true", help="only print passes, FLOP, hours and memory of the chosen attacks")
     add("--sweep", choices=audit.SWEEPS, help="repeat one attack over a range of this, with a plot")
     add("--budget", choices=BUDGETS, help="default: reduced for digits, paper for the rest")
     add("--dataset", help="default: the one it was trained on")
     add("--data-dir", help="default: as in training")
-    add("--out", type=Path, help="folder (default: beside the checkpoint, named after the settings)")
+    add("--out", help="folder (default: beside the checkpoint, named after the settings)")
     add("--seed", type=int, default=0)
     add("--limit", type=int, default=1024, help="pictures at a time, for memory (default: 1024)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -297,6 +295,12 @@ def main() -> int:
         return 130
     except OSError as error:  # a full disk, say
         print(f"evaluate.py: {error}; the same command goes on from the last finished chunk", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"evaluate.py: the memory is not enough ({str(error).splitlines()[0]}): choose a smaller --limit, "
+              "--chunk or --samples", file=sys.stderr)  # fmt: skip
         return 2
 
 

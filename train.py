@@ -26,14 +26,13 @@ from torch import nn
 import data as datasets
 from lab.checkpoints import fingerprint_of, load_checkpoint, load_start
 from lab.perturb import perturbing, recorded
-from lab.presets import PAPER, PRESETS, Preset, add_options, choose_preset
+from lab.presets import PAPER, PRESETS, Preset, add_options, check_options, choose_preset
 from lab.published import CLASSIFIERS, names_of
 from lab.ranks import keep_freed_memory, start_ranks
-from lab.robust_training import load_classifier, stage_one, train_end_to_end
+from lab.robust_training import check_buildable, load_classifier, stage_one, train_end_to_end, untrained
 from lab.run import DECIDED, Run, Stopped, drawing, fingerprint, finish, load_data
-from lab.start import launched, usable
-from models import WideResNet, representation_layers
-from purifier import CARSO, build_carso, vae_loss
+from lab.start import launched, out_of_memory, usable
+from purifier import CARSO, vae_loss
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
 
@@ -198,15 +197,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     """The preset with what the command line overrides, and the run's name. ValueError for what makes no sense."""
+    check_options(args)
     p = choose_preset(args.preset or (args.dataset if args.dataset in PRESETS else "cifar10"), args)
-    with torch.device("meta"):
-        names = dict(WideResNet(2, p.depth, p.width).named_modules())
     fresh = args.objective == "paper" or args.start == "scratch"
     decided = ["--" + name.replace("_", "-") for name in DECIDED if getattr(args, name) is not None]
     for refused, sentence in (
-        (set(args.tap or ()) - names.keys(), f"--tap: a WRN-{p.depth}-{p.width} has no layer "
-         + ", ".join(sorted(set(args.tap or ()) - names.keys()))),
-        (args.micro_batch is not None and args.micro_batch < 1, "--micro-batch must be 1 or more"),
+        (args.name and Path().resolve() / "runs" not in (Path("runs") / args.name).resolve().parents,
+         "--name is that of a folder under runs/"),
         (args.objective == "paper" and args.start, "--from goes with --objective end-to-end"),
         (not fresh and args.classifier, "--classifier goes with --from scratch; else the checkpoint's own is used"),
         (not fresh and decided, f"{' and '.join(decided)}: the checkpoint that --from names decides that"),
@@ -218,7 +215,7 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
         (args.stage == "classifier" and args.final, "--final goes with a purifier: --stage classifier trains none"),
         (args.stage == "classifier" and (args.classifier or "train") != "train",
          "--stage classifier and --classifier exclude each other: is the classifier to be trained or not?"),
-        ("published" in (args.classifier, args.final) and not names_of(args.dataset),
+        ("published" in (args.classifier, args.train_on, args.final) and not names_of(args.dataset),
          f"no classifier is published for {args.dataset}; known are {', '.join(CLASSIFIERS)}"),
     ):  # fmt: skip
         if refused:
@@ -261,6 +258,9 @@ def main() -> int:
         elif args.train_on or args.classifier != "train":
             classifier = load_classifier(args.train_on or args.classifier, args, data, p, ranks)
         final = load_classifier(args.final, args, data, p, ranks) if args.final else None
+        shape, device = tuple(data.train_images.shape[1:]), ranks.device.type
+        if not start:
+            check_buildable(classifier, shape, p, args.tap)
         given = "".join(fingerprint_of(network) for network in (start or classifier, final) if network)
         run.settle(write=ranks.first, weights=given or None)
     except (ValueError, OSError) as error:
@@ -269,7 +269,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped before the training began", file=sys.stderr)
         return 130
-    shape, device = tuple(data.train_images.shape[1:]), ranks.device.type
     run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, {len(data.classes)} classes; "
             f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip
     try:
@@ -282,9 +281,7 @@ def main() -> int:
             return 0
         if start is None:  # an untrained purifier around the classifier
             torch.manual_seed(args.seed)
-            sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
-            layers = args.tap or representation_layers(classifier.config["depth"])
-            start = build_carso(classifier, layers, shape, p.samples, **sizes).to(ranks.device)
+            start = untrained(classifier, shape, p, args.tap).to(ranks.device)
         start.final = start.final if final is None else final
         if args.objective == "end-to-end":
             train_end_to_end(run, data, start, p, args.micro_batch)
@@ -300,8 +297,10 @@ def main() -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError:
-        print("train.py: the GPU's memory is not enough: add --micro-batch 64, say, and the command goes on from "
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print("train.py: the memory is not enough: add --micro-batch 64, say, and the command goes on from "
               "the last checkpoint; or choose smaller batches, and another --name", file=sys.stderr)  # fmt: skip
         return 2
     except OSError as error:

@@ -2,14 +2,12 @@
 
     python -m lab.bench --threads 1                         # WRN-10-2, batch 64, D 512, Z 128, S 8
     python -m lab.bench --threads 1 --against plain         # in turn with the same work written the plain way
-    python -m lab.bench --threads 1 --against plain --precision bf16        # our attacks in mixed precision
     python -m lab.bench --preset cifar10 --device cuda --batch-size 512 --precision bf16     # WRN-28-10
     python -m lab.bench --memory-plan                       # GPU memory and hours of the paper's scenarios, computed
 
 Every part is warmed up, then timed in turn with the others, `--repeats` times, in one process. Seconds are those of the
-fastest repeat, ratios the medians over the repeats. The limit is the rate of a square matrix product, its fastest too,
-measured between the parts. FLOP are counted by PyTorch (two a multiply-add; convolutions and matrix products only).
-Memory is what the backward pass keeps.
+fastest repeat, ratios the medians over the repeats. The limit is the rate of a square matrix product, its fastest too.
+FLOP are counted by PyTorch (two a multiply-add; convolutions, matrix products). Memory is what the backward pass keeps.
 """
 
 import argparse
@@ -27,8 +25,9 @@ from torch import nn
 from aggregate import robust_logits
 from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, fgsm, objective, pgd
 from lab.plan import count_flop
-from lab.presets import COUNT, DEPTH, PAPER, PRESETS, Preset
+from lab.presets import COUNT, DEPTH, PAPER, POSITIVE, PRESETS, Preset, check_bounds
 from lab.ranks import keep_freed_memory
+from lab.start import out_of_memory, usable
 from lab.target import Target, climb
 from models import Norm, WideResNet, record, representation_layers
 from purifier import CARSO, build_carso, vae_loss
@@ -150,8 +149,7 @@ def table(carso: CARSO, x: torch.Tensor, y: torch.Tensor, repeats: int, bf16: bo
     bf16 the attacks only, ours under autocast."""
     mine, autocast = ours(carso, x, y), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
     ways = {"ours": {name: autocast(mine[name]) for name in ATTACKS} if bf16 else mine}
-    if against:
-        ways["plain"] = plain(carso, x, y)
+    ways |= {"plain": plain(carso, x, y)} if against else {}
     flop = {name: count_flop(work) for name, work in ways["ours"].items()}
     with autocast:
         memory = {
@@ -245,9 +243,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="sizes of a preset (default: cifar10's, but for a WRN-10-2)")
-    for name in ("--depth", "--width", "--threads"):
-        add(name, type=int)
-    add("--batch-size", type=int, default=64)
+    for name, default in {"--depth": None, "--width": None, "--threads": None, "--batch-size": 64}.items():
+        add(name, type=int, default=default)
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="bf16: our attacks only, under autocast")
     add("--repeats", type=int, default=5)
@@ -258,16 +255,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+BOUNDS = {"depth": DEPTH, "width": COUNT, "repeats": COUNT, "tflops": POSITIVE}
+BOUNDS["threads"] = "must be 1 to 1000", lambda v: 1 <= v <= 1000
+BOUNDS["batch_size"] = "must be 8 or more: half of it is divided among four attacks", lambda v: 8 <= v <= 1e6
+
+
 def prepare(args) -> tuple[CARSO, torch.Tensor, torch.Tensor]:
     """What is to be timed. ValueError for what makes no sense."""
-    for name, (sentence, allowed) in {"depth": DEPTH, "width": COUNT, "threads": COUNT, "repeats": COUNT}.items():
-        value = getattr(args, name)
-        if value is not None and not allowed(value):
-            raise ValueError(f"--{name} {value} {sentence}")
-    if args.batch_size < 8:
-        raise ValueError(f"--batch-size {args.batch_size} must be 8 or more: half of it is divided among four attacks")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here; leave --device out")
+    for name, bounds in BOUNDS.items():
+        if (value := getattr(args, name)) is not None:
+            check_bounds("--" + name.replace("_", "-"), value, bounds)
+    usable(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
     p = PRESETS[args.preset] if args.preset else dataclasses.replace(PAPER, depth=10, width=2)
@@ -278,13 +276,15 @@ def prepare(args) -> tuple[CARSO, torch.Tensor, torch.Tensor]:
 def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
-    if args.memory_plan:
-        memory_plan(args.tflops)
-        return 0
     try:
         carso, x, y = prepare(args)
+        if args.memory_plan:
+            memory_plan(args.tflops)
+            return 0
         result = table(carso, x, y, args.repeats, args.precision == "bf16", args.against is not None)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, ValueError) and not out_of_memory(error):
+            raise
         print(f"bench: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     if args.json:

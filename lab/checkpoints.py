@@ -16,6 +16,7 @@ from torch import nn
 
 from data import NORMALISATION, Dataset
 from lab.files import write_atomically
+from lab.foreign import check_answers
 from lab.tensors import check_whole, load_state, read_tensors
 from models import WideResNet, representation_layers
 from purifier import CARSO, Purifier, build_carso
@@ -58,12 +59,15 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
 
     Opened with weights_only=True. Raises ValueError if the file is missing, broken, or of another format."""
     content = read_tensors(path)
-    if not isinstance(content, dict) or content.get("format") != "carso-1":
+    if content.get("format") != "carso-1":
         raise ValueError(f"{path} is not a CARSO checkpoint (train.py writes one as runs/NAME/carso.pt)")
     check_whole(path)
     kinds = dict(classifier=dict, purifier=dict, layers=list, samples=int, state=dict)
     if wrong := [part for part, kind in kinds.items() if not isinstance(content.get(part), kind)]:
         raise ValueError(f"{path} is a CARSO checkpoint without {', '.join(wrong)}")
+    state, said = content["state"], dict(dataset=str, data_dir=str, config=dict, classes=list)
+    if wrong := [name for name, kind in said.items() if not isinstance(state.get(name) or kind(), kind)]:
+        raise ValueError(f"{path} says something strange of its training: {wrong[0]} {state[wrong[0]]!r:.50}")
     classifier = built(path, WideResNet, content["classifier"])
     load_state(classifier, content.get("classifier_weights"), path)
     content["purifier"].pop("image_widths", None)  # early checkpoints say what is always so
@@ -75,13 +79,12 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
     if final is not None:
         load_state(final, content.get("final_weights"), path)
     rest = dict(layers=content["layers"], samples=content["samples"], own_answer=share, final=final)
-    return built(path, CARSO, rest, classifier, purifier).to(device), content["state"]
+    return built(path, CARSO, rest, classifier, purifier).to(device), state
 
 
 def is_checkpoint(path) -> bool:
     """Is this a file of save_checkpoint's, and not one of a classifier's weights?"""
-    content = read_tensors(path)
-    return isinstance(content, dict) and "format" in content
+    return "format" in read_tensors(path)
 
 
 def check_fits(carso: CARSO, path, name: str, image_shape, num_classes: int, trained_on=None, classes=None) -> None:
@@ -116,6 +119,7 @@ def load_start(path, data: Dataset, device) -> CARSO:
     carso, state = load_checkpoint(path, device)
     shape = data.train_images.shape[1:]
     check_fits(carso, path, data.name, shape, len(data.classes), state.get("classes"), data.classes)
+    check_answers(carso, path, data.test_images, len(data.classes), device)
     return carso
 
 

@@ -9,41 +9,54 @@ their 95 % intervals come from 10,000 bootstrap samples of the pictures.
 """
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from lab.files import read_json, read_rows
+
+COLUMNS = {"picture": (0, 1e9), "label": (0, 1e9), "select": (0, 1)}
+FIELDS = dict(checkpoint=str, dataset=str, n=int, eps=(int, float), counted=list, robust=dict, audit=dict, config=dict)
+
+
+def sound(report: dict) -> bool:
+    """Has a report the fields that are read here, each of its kind?"""
+    if not all(isinstance(report.get(field), kind) for field, kind in FIELDS.items()):
+        return False
+    shares = [report["eps"], report["robust"].get("accuracy"), report["robust"].get("least", 0.0)]
+    return (
+        all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
+        and all(isinstance(name, str) for name in report["counted"])
+        and isinstance(report["audit"].get("passed"), bool)
+    )
+
 
 def read(folder) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
     """What was evaluated; the labels (n,); and for each picture how often it was right: clean (n,), and under its worst
     attack (n,)."""
     folder = Path(folder)
-    try:
-        report = json.loads((folder / "report.json").read_text())
-        with open(folder / "rows.tsv") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
-    except OSError as error:
-        raise ValueError(f"{folder} is not a finished evaluation ({error.strerror}: {error.filename})") from None
-    try:
-        labels, least = np.full(report["n"], -1), np.full(report["n"], np.inf)
-        right = {"clean": np.full(report["n"], np.nan), "worst": np.full(report["n"], np.nan)}
-        rows.sort(key=lambda row: row["attack"] in ("clean", "noise"))  # to the end: among equals the first one counts
-        names = {row["attack"] for row in rows}
-        for row in rows:
-            i, share = int(row["picture"]), int(row["right"]) / int(row["draws"])
-            labels[i] = int(row["label"])
-            if row["attack"] in right:
-                right[row["attack"]][i] = share
-            if "worst" not in names and row["attack"] in report["counted"] and float(row["select"]) < least[i]:
-                least[i], right["worst"][i] = float(row["select"]), share  # an earlier version wrote no worst rows
-        report["robust"]["accuracy"], report["audit"]["passed"], report["dataset"], report["eps"], report["checkpoint"]
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"{folder} is not an evaluation's folder: report.json or rows.tsv are damaged ({error!r})"
-        ) from None
+    for path in (folder / "report.json", folder / "rows.tsv"):
+        if not path.is_file():
+            raise ValueError(f"{folder} is not a finished evaluation: there is no {path}")
+    report = {"config": {}} | read_json(folder / "report.json")
+    if not sound(report):
+        raise ValueError(f"{folder}/report.json is damaged, or not one that evaluate.py wrote")
+    rows = read_rows(folder / "rows.tsv", COLUMNS)
+    label_of = {int(row["picture"]): int(row["label"]) for row in rows}
+    if set(label_of) != set(range(len(label_of))) or len(label_of) != report["n"]:
+        raise ValueError(f"{folder}/rows.tsv does not have the {report['n']} pictures that report.json names")
+    labels, least = np.array([label_of[i] for i in range(report["n"])]), np.full(report["n"], np.inf)
+    right = {"clean": np.full(report["n"], np.nan), "worst": np.full(report["n"], np.nan)}
+    rows.sort(key=lambda row: row["attack"] in ("clean", "noise"))  # to the end: among equals the first one counts
+    names = {row["attack"] for row in rows}
+    for row in rows:
+        i, share = int(row["picture"]), row["right"] / row["draws"]
+        if row["attack"] in right:
+            right[row["attack"]][i] = share
+        if "worst" not in names and row["attack"] in report["counted"] and row["select"] < least[i]:
+            least[i], right["worst"][i] = row["select"], share  # an earlier version wrote no worst rows
     if np.isnan(right["clean"]).any() or np.isnan(right["worst"]).any():
         raise ValueError(f"{folder}/rows.tsv lacks pictures of the {report['n']} that report.json names: is it whole?")
     return report, labels, right["clean"], right["worst"]
@@ -87,7 +100,7 @@ def compare(groups: list[list[str]]) -> list[dict]:
                 "n": clean.shape[1],
                 "audit": all(report["audit"]["passed"] for report in reports),
                 "attacks": reports[0]["counted"],
-                "work": {k: reports[0].get("config", {}).get(k) for k in ("steps", "eot", "select", "draws")}
+                "work": {k: reports[0]["config"].get(k) for k in ("steps", "eot", "select", "draws")}
                 | {"deterministic": reports[0].get("deterministic", False)},
                 # how far a noisy choice of the worst candidate may flatter it
                 "flattered": max(r["robust"]["accuracy"] - r["robust"].get("least", np.nan) for r in reports),
@@ -136,7 +149,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         rows = compare([group.split(",") for group in args.folders])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     for sentence in warnings(rows):

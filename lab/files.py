@@ -1,11 +1,16 @@
 """Files that are whole or not there: writing under a temporary name, downloads that go on, a folder's configuration."""
 
 import contextlib
+import csv
 import glob
 import hashlib
 import http.client
+import itertools
 import json
+import math
 import os
+import platform
+import re
 import urllib.request
 from pathlib import Path
 
@@ -34,11 +39,30 @@ def lock(file, wait: bool = False) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def claim(path: Path):
+    """Whether this process now has to itself what becomes the file at path; beside it, FILE.lock says who. The system
+    frees the lock of a process that dies, and so another one takes the work over."""
+    path = path.with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        if not lock(file):
+            yield False
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def write_atomically(path, write) -> None:
     """write(temporary path), then rename: a file that exists is whole, and a failure leaves the previous one alone.
     What a killed process has left half-written of the same file is removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _folder_for(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError), open(leftover, "ab") as file:
             if lock(file):  # or its writer lives
@@ -57,6 +81,13 @@ def write_atomically(path, write) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _folder_for(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {path.parent} is no folder, and none can be made ({error})") from None
 
 
 def write_text(path, text: str) -> None:
@@ -111,6 +142,37 @@ def check_config(path: Path, config: dict, option: str, write: bool = True) -> N
         raise ValueError(f"{path.parent} holds other settings ({differ}); choose another {option}")
 
 
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def read_table(path: Path, numbers: dict[str, tuple[float, float]], *words: str) -> list[dict]:
+    """Rows of a .tsv with a header that has these columns, numbers converted. ValueError if missing or out of range."""
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8", errors="replace").splitlines(), delimiter="\t"))
+    except csv.Error as error:
+        raise ValueError(f"{path} is damaged: it is no table ({error})") from None
+    if not rows or not {*words, *numbers} <= rows[0].keys():
+        raise ValueError(f"{path} has no rows with the columns {', '.join((*words, *numbers))}")
+    for row, (name, (low, high)) in itertools.product(rows, numbers.items()):
+        try:
+            text, row[name] = row[name], float(row[name])
+        except (TypeError, ValueError):  # TypeError: the line is too short
+            text, row[name] = row[name], math.nan
+        if not low <= row[name] <= high:
+            raise ValueError(f"{path} has {text!r} in the column {name}, not a number from {low:g} to {high:g}")
+    if empty := [name for name in words if not all(row[name] for row in rows)]:
+        raise ValueError(f"{path} has nothing in the column {empty[0]} of some line")
+    return rows
+
+
+def read_rows(path: Path, numbers=()) -> list[dict]:
+    """evaluate.py's rows.tsv: attack, how many of `draws` were right, and what else is asked for, as in read_table."""
+    rows = read_table(path, {"right": (0, 1e9), "draws": (1, 1e9)} | dict(numbers), "attack")
+    if any(row["right"] > row["draws"] for row in rows):
+        raise ValueError(f"{path} is damaged: more draws are right than there are")
+    return rows
+
+
 # -------------------------------------------------------------------------------------------------------- downloads
 
 
@@ -119,29 +181,42 @@ def md5(path: Path) -> str:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
+def _pin(path: Path, pinned: Path) -> None:
+    write_text(pinned, f"{md5(path)} {path.stat().st_size}\n")
+
+
+def _is(path: Path, known: str) -> bool:
+    """known: an md5, and a size if there is one (earlier versions kept none)."""
+    checksum, *size = known.split()
+    return size in ([], [str(path.stat().st_size)]) and md5(path) == checksum
+
+
 def download(url: str, path: Path, checksum: str | None = None) -> None:
     """Fetch url to path unless it is there; go on where an earlier try stopped; verify the md5 before renaming. Of many
     processes one fetches, and the others wait for it.
 
-    Without a checksum, the file's own md5 is kept beside it at first use (FILE.md5), and holds from then on.
+    Without a checksum, the file's own md5 and size are kept beside it at first use (FILE.md5), and hold from then on.
     Raises OSError when the host cannot be reached, ValueError when the file is not the one expected."""
     path, pinned = Path(path), Path(f"{path}.md5")
-    known = checksum or (pinned.read_text().strip() if pinned.is_file() else None)
+    known = checksum or (pinned.read_text(errors="replace").strip() if pinned.is_file() else None)
+    if known is not None and not re.fullmatch(r"[0-9a-f]{32}( \d+)?", known):
+        raise ValueError(f"{pinned} holds no md5 and size; delete it, if {path} is the right file, and run again")
     if path.is_file():
-        if known and md5(path) != known:
+        if known and not _is(path, known):
             raise ValueError(
-                f"{path} is damaged or another file (its md5 differs from {known}); delete it"
-                f"{'' if checksum else f' (and {pinned}, if this file is the right one)'} and run again"
+                f"{path} is damaged or another file ({path.stat().st_size:,} bytes; its md5 and size should be "
+                f"{known}); delete it{'' if checksum else f' (and {pinned}, if this file is the right one)'} "
+                "and run again"
             )
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _folder_for(path)
         with _alone(path.with_name(path.name + ".part"), path) as partial:
             if not path.is_file():  # else another process has been here
                 _fetch(url, path, partial, known)
-                if not known:
-                    write_text(pinned, md5(path) + "\n")
-    if not known and not pinned.is_file():
-        write_text(pinned, md5(path) + "\n")
+                if not checksum:
+                    _pin(path, pinned)
+    if not checksum and not (pinned.is_file() and " " in pinned.read_text()):  # an earlier version kept no size
+        _pin(path, pinned)
 
 
 @contextlib.contextmanager
@@ -172,7 +247,7 @@ def _fetch(url: str, path: Path, partial: Path, checksum: str | None) -> None:
         size = partial.stat().st_size  # 416: the file does not go on from here, as we have all of it, or more
         whole = error.headers.get("Content-Range") == f"bytes */{size}"
         too_long = not whole
-    if md5(partial) == checksum if checksum else whole:
+    if _is(partial, checksum) if checksum else whole:
         os.replace(partial, path)
         return
     if whole or too_long:

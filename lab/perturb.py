@@ -76,7 +76,10 @@ def attack_training_set(run: Run, data: datasets.Dataset, classifier, p: Preset,
         for version, part in tqdm(chunks[ranks.rank :: ranks.count], "attack", leave=False, disable=not ranks.first):
             path = run.folder / "attacked" / f"{version}-{int(part[0]):07}.pt"
             if path.is_file():
-                differences[version, part] = read_tensors(path)["differences"].to(differences)
+                kept = read_tensors(path).get("differences")
+                if getattr(kept, "shape", None) != differences[version, part].shape or not kept.isfinite().all():
+                    raise ValueError(f"{path} is damaged; delete it, and it is made again")
+                differences[version, part] = kept.to(differences)
                 continue
             x, y = datasets.pixels(data.train_images[part].to(ranks.device)), data.train_labels[part].to(ranks.device)
             generator = run.generator("attack", version, int(part[0]))

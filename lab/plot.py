@@ -6,7 +6,6 @@ python -m lab.plot --method assets/method.svg
 """
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -15,29 +14,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from lab.files import write_atomically
-from lab.presets import parse_number
+from lab.files import read_rows, read_table, write_atomically
+from lab.presets import RADIUS, check_bounds, parse_number
 
 plt.switch_backend("agg")  # files, never windows
 LABELS = {"eps": "eps (pixels in [0, 1])", "steps": "steps", "eot": "draws a gradient", "samples": "S, members"}
 SWEEP = {"apgd-ce": (0, 1), "noise": (0, 1), "clean": (0, 1), "n": (1, 1e9)}  # columns of a sweep, and their ranges
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito, for all eyes
 INK, GREY = "#1F2933", "#5B6673"
-
-
-def read(path: Path, numbers: dict[str, tuple[float, float]], *words: str) -> list[dict]:
-    """Rows of a .tsv with a header that has these columns, numbers converted. ValueError if missing or out of range."""
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8", errors="replace").splitlines(), delimiter="\t"))
-    if not rows or not {*words, *numbers} <= rows[0].keys():
-        raise ValueError(f"{path} has no rows with the columns {', '.join((*words, *numbers))}")
-    for row, (name, (low, high)) in itertools.product(rows, numbers.items()):
-        try:
-            text, row[name] = row[name], float(row[name])
-        except (TypeError, ValueError):  # TypeError: the line is too short
-            text, row[name] = row[name], math.nan
-        if not low <= row[name] <= high:
-            raise ValueError(f"{path} has {text!r} in the column {name}, not a number from {low:g} to {high:g}")
-    return rows
 
 
 def save(figure, path: Path, **options) -> None:
@@ -87,8 +71,10 @@ def draw_finding(named: list[str], out: Path, radius, masked: str | None) -> Non
         label, _, folder = argument.rpartition("=")
         if not label or label in curves:
             raise ValueError(f"with --out each folder is LABEL=FOLDER, with a label of its own; '{argument}' is not")
-        rows = read(Path(folder, "sweep-eps.tsv"), {"eps": (0, 1e9)} | SWEEP)
+        rows = read_table(Path(folder, "sweep-eps.tsv"), {"eps": (0, 1e9)} | SWEEP)
         curves[label] = [(row["eps"], row["apgd-ce"], row["n"]) for row in rows]
+    if radius:
+        check_bounds("--radius", radius[0], RADIUS)
     if masked and masked not in curves:
         raise ValueError(f"--no-gradient '{masked}' is none of the labels {', '.join(curves)}")
     draw_curves(curves, "eps", out, "accuracy under attack (%)", radius, masked)
@@ -100,7 +86,7 @@ def draw_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds neither rows.tsv nor sweep-*.tsv; is it a folder of evaluate.py?")
     for path in sweeps:
         what = path.stem.removeprefix("sweep-")
-        rows = read(path, {what: (0 if what == "eps" else 1, 1e9)} | SWEEP)
+        rows = read_table(path, {what: (0 if what == "eps" else 1, 1e9)} | SWEEP)
         curves = {name: [(row[what], row[name], row["n"]) for row in rows] for name in ("apgd-ce", "noise", "clean")}
         draw_curves(curves, what, path.with_suffix(".png"))
     if attacks.is_file():
@@ -109,8 +95,8 @@ def draw_folder(folder: Path) -> None:
 
 def draw_attacks(path: Path) -> None:
     shares = {}
-    for row in read(path, {"right": (0, 1e9), "draws": (1, 1e9)}, "attack"):
-        shares.setdefault(str(row["attack"]), []).append(row["right"] / row["draws"])
+    for row in read_rows(path):
+        shares.setdefault(row["attack"], []).append(row["right"] / row["draws"])
     figure, axes = plt.subplots(figsize=(5, 0.4 * len(shares) + 1))
     for attack, values in reversed(shares.items()):  # bars grow upwards
         mean = sum(values) / len(values)
@@ -190,7 +176,7 @@ def main() -> int:
             draw_folder(Path(args.folders[0]))
         else:
             raise ValueError("give it a FOLDER, or several LABEL=FOLDER and --out FILE, or --method FILE")
-    except (ValueError, OSError, csv.Error) as error:
+    except (ValueError, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2
     return 0

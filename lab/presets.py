@@ -35,19 +35,42 @@ def eps_text(eps: float) -> str:
     return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else f"{eps:g}"
 
 
-# What a number must be: the sentence that refuses it, and the test. (NaN fails every comparison, as it should.)
-COUNT = "must be 1 or more", lambda v: v >= 1
-NONE_OR_MORE = "must be 0 or more", lambda v: v >= 0
-SEVERAL = "must be 2 or more: BatchNorm needs them", lambda v: v >= 2
+# What a number must be: the sentence that refuses it, and the test. (NaN fails every comparison, as it should; beyond a
+# million a count is a slip, which would overflow somewhere, or never end.)
+COUNT = "must be 1 or more, up to a million", lambda v: 1 <= v <= 1e6
+SEVERAL = "must be 2 or more, up to a million: BatchNorm needs them", lambda v: 2 <= v <= 1e6
+WHOLE = "must be 0 or more, up to a million", lambda v: 0 <= v <= 1e6
 NUMBER = "must be 0 or more", lambda v: 0 <= v < math.inf
 POSITIVE = "must be positive", lambda v: 0 < v < math.inf
 SHARE = "is not a share between 0 and 1", lambda v: 0 <= v <= 1
 PART = "is not a share of at least 0 and less than 1", lambda v: 0 <= v < 1
 MOMENTUM = "must be more than 0 and at most 1", lambda v: 0 < v <= 1
 RADIUS = "is not a distance between pixels in [0, 1]; write 8/255, say", lambda v: 0 < v <= 1
-DEPTH = "must be 6n + 4 (10, 16, 22, 28, ...)", lambda v: v >= 10 and v % 6 == 4
-WIDTH = "must be 8 or more: it is halved three times", lambda v: v >= 8
+DEPTH = "must be 6n + 4 (10, 16, 22, 28, ...), up to 1000", lambda v: 10 <= v <= 1000 and v % 6 == 4
+WIDTH = "must be 8 or more, up to a million: it is halved three times", lambda v: 8 <= v <= 1e6
 SWITCH = "is true or false", lambda v: v in (True, False)
+SEED = "must be less than 2^32 away from 0", lambda v: abs(v) < 2**32
+
+
+def check_bounds(option: str, value, bounds) -> None:
+    """ValueError, with the option's name, for a value out of its bounds."""
+    sentence, allowed = bounds
+    if not allowed(value):
+        raise ValueError(f"{option} {value if isinstance(value, int) else f'{value:g}'} {sentence}")
+
+
+OTHERS = {"seed": SEED, "save_every": NUMBER, "micro_batch": COUNT, "limit": COUNT, "samples": WHOLE}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """What both scripts' options beside presets and budgets must be: the numbers within OTHERS, and no text empty, as a
+    variable that is not set leaves it in a shell. ValueError, with the option's name."""
+    for name, value in vars(args).items():
+        option = "--from" if name == "start" else "--" + name.replace("_", "-")
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError(f"{option} is empty: give it a value, or leave it out")
+        if name in OTHERS and value is not None:
+            check_bounds(option, value, OTHERS[name])
 
 
 def setting(default, bounds, meaning: str):
@@ -65,9 +88,9 @@ class Preset:
     classifier_batch_size: int = setting(512, SEVERAL, "pictures a step, over all processes")
     classifier_learning_rate: float = setting(0.2, NUMBER, "peak of a one-cycle schedule, SGD with Nesterov momentum")
     classifier_weight_decay: float = setting(5e-4, NUMBER, "of the SGD")
-    classifier_ramp: int = setting(5, NUMBER, "epochs over which the attack's radius grows from 0 to eps")
+    classifier_ramp: int = setting(5, WHOLE, "epochs over which the attack's radius grows from 0 to eps")
     classifier_attack_steps: int = setting(
-        10, NONE_OR_MORE, "PGD, each step 2.5 eps / steps (Madry et al. 2018); 0: plain training, of clean pictures"
+        10, WHOLE, "PGD, each step 2.5 eps / steps (Madry et al. 2018); 0: plain training, of clean pictures"
     )
     classifier_bn_momentum: float = setting(0.01, MOMENTUM, "larger where few steps let the running statistics settle")
     augment: bool = setting(True, SWITCH, "random crops (shifts by up to 4 pixels), for the classifier and end to end")
@@ -77,7 +100,7 @@ class Preset:
     condition_dim: int = setting(512, COUNT, "D, table 13")
     latent_dim: int = setting(128, COUNT, "Z, table 13")
     decoder_width: int = setting(256, WIDTH, "channels of the decoder's first map, tables 10 and 11")
-    samples: int = setting(8, NONE_OR_MORE, "S, reconstructions a picture, section 5.1; 0: one, of z = 0")
+    samples: int = setting(8, WHOLE, "S, reconstructions a picture, section 5.1; 0: one, of z = 0")
 
     # Stage two, table 14
     epochs: int = setting(200, COUNT, "of the purifier's training")
@@ -85,17 +108,17 @@ class Preset:
     learning_rate: float = setting(0.064, NUMBER, "on the plateau; the same for any number of processes")
     learning_rate_start: float = setting(5e-9, NUMBER, "before the warm-up")
     learning_rate_end: float = setting(8e-6, NUMBER, "after the anneal")
-    warmup: int = setting(25, NUMBER, "epochs")
-    plateau: int = setting(25, NUMBER, "epochs; the rest anneals")
-    kl_from: int = setting(25, NUMBER, "the KL weight is 0 until this epoch")
-    kl_to: int = setting(34, NUMBER, "and 1 from this one")
+    warmup: int = setting(25, WHOLE, "epochs")
+    plateau: int = setting(25, WHOLE, "epochs; the rest anneals")
+    kl_from: int = setting(25, WHOLE, "the KL weight is 0 until this epoch")
+    kl_to: int = setting(34, WHOLE, "and 1 from this one")
 
     # Adversarially-balanced batches, table 12
     eps: float = setting(8 / 255, RADIUS, "largest radius, in pixels")
     fraction: float = setting(0.5, SHARE, "perturbed share of each batch")
     attack_steps: int = setting(40, COUNT, "PGD")
     attack_step_size: float = setting(0.01, POSITIVE, "of PGD, in pixels")
-    attack_versions: int = setting(0, NUMBER, "attack the training set so many times, before the training (ours; 4: by "
+    attack_versions: int = setting(0, WHOLE, "attack the training set so many times, before the training (ours; 4: by "
                                    "every kind once); 0: every batch anew, as the paper")  # fmt: skip
 
     # Training end to end, --objective end-to-end (ours; see RESULTS.md)
@@ -187,9 +210,7 @@ def overridden(chosen, args: argparse.Namespace):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(chosen)}
     chosen = dataclasses.replace(chosen, **{k: v for k, v in given.items() if v is not None})
     for f in dataclasses.fields(chosen):
-        (sentence, allowed), value = f.metadata["bounds"], getattr(chosen, f.name)
-        if not allowed(value):
-            raise ValueError(f"--{f.name.replace('_', '-')} {value:g} {sentence}")
+        check_bounds("--" + f.name.replace("_", "-"), getattr(chosen, f.name), f.metadata["bounds"])
     return chosen
 
 
@@ -254,5 +275,11 @@ def table() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    argparse.ArgumentParser("presets", description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    main()

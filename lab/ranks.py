@@ -51,9 +51,12 @@ class Ranks:
             dist.broadcast(whole, 0)
             content = whole.cpu().numpy().tobytes()
         try:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if content else None
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if content else {}
         except Exception:  # torch raises anything on a file that it does not know
-            raise ValueError(f"{path} is damaged; delete it, and what it holds is made again") from None
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is damaged; delete it, and what it holds is made again")
+        return found or None
 
     def room(self, size: int) -> torch.device:
         """This rank's device, if `size` bytes take less than a quarter of what is free there; else the CPU."""

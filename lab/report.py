@@ -50,7 +50,7 @@ def gather(e, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
     """All units of work put together: attack or headline -> arrays over the pictures, and sums of counts."""
     table = {}
     for name in names:
-        files = [dict(np.load(e.file(name, start))) for start in e.starts]
+        files = [e.read(name, start) for start in e.starts]
         table[name] = {k: np.concatenate([f[k] for f in files]) for k, v in files[0].items() if v.ndim}
         table[name] |= {k: float(sum(f[k] for f in files)) for k, v in files[0].items() if not v.ndim}
     return table

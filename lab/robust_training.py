@@ -18,13 +18,14 @@ from aggregate import robust_logits
 from attacks import pgd
 from lab.checkpoints import load_published_classifier
 from lab.files import write_atomically
+from lab.foreign import check_answers
 from lab.presets import Preset
 from lab.published import check_reported, fetch_classifier, names_of
 from lab.ranks import Ranks
 from lab.run import Run, accuracy, drawing, unwrapped
 from lab.tensors import load_state
-from models import WideResNet
-from purifier import CARSO
+from models import WideResNet, representation_layers
+from purifier import CARSO, build_carso
 
 
 def averaged(module: nn.Module, steps_an_epoch: int) -> AveragedModel:
@@ -111,7 +112,9 @@ def load_classifier(weights: str, args, data: datasets.Dataset, p: Preset, ranks
     elif not file.is_file():
         raise ValueError(f"there is no file {file}; published for {args.dataset}: {', '.join(known) or 'nothing'}")
     classifier = load_published_classifier(file, len(data.classes), data.mean, data.std, args.trust_pickle)
-    clean = check_reported(classifier.to(ranks.device), file, data, weights)
+    classifier.to(ranks.device)
+    check_answers(classifier, file, data.test_images, len(data.classes), ranks.device)
+    clean = check_reported(classifier, file, data, weights)
     if ranks.first:
         print(f"classifier: {file}, clean accuracy {clean:.1%} on {min(1000, len(data.test_labels))} test pictures")
     size = classifier.config["depth"], classifier.config["width"]
@@ -120,14 +123,30 @@ def load_classifier(weights: str, args, data: datasets.Dataset, p: Preset, ranks
     return classifier
 
 
+def untrained(classifier: WideResNet, shape, p: Preset, tap: list[str] | None) -> CARSO:
+    """A fresh purifier around the classifier, for pictures of this shape (C, H, W). ValueError if a layer that it is to
+    see does not suit it."""
+    sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
+    return build_carso(classifier, tap or representation_layers(classifier.config["depth"]), shape, p.samples, **sizes)
+
+
+def check_buildable(classifier: WideResNet | None, shape, p: Preset, tap: list[str] | None) -> None:
+    """Before hours of stage one: ValueError if `untrained` could not be built around its result, or around this
+    classifier."""
+    with torch.device("meta"):
+        sizes = dict(num_classes=2, depth=p.depth, width=p.width, in_channels=shape[0])
+        untrained(WideResNet(**(classifier.config if classifier else sizes)), shape, p, tap)
+
+
 def stage_one(run: Run, data: datasets.Dataset, p: Preset, start=None, limit=None) -> WideResNet:
     """Train a classifier (see train_classifier), measure it, keep it as classifier.pt; or take the one that this run
     made before."""
     path = run.folder / "classifier.pt"
     if kept := run.ranks.load(path):
-        weights = kept["state_dict"]
-        mean, std = weights.pop("mean"), weights.pop("std")
-        classifier = WideResNet(len(data.classes), p.depth, p.width, len(mean), mean, std)
+        weights = kept.get("state_dict")
+        weights = dict(weights) if isinstance(weights, dict) else {}
+        mean, std = (weights.pop(name, getattr(data, name)) for name in ("mean", "std"))
+        classifier = WideResNet(len(data.classes), p.depth, p.width, len(data.mean), mean, std)
         load_state(classifier, weights, path)
         return classifier.to(run.ranks.device).eval()
     classifier = train_classifier(run, data, p, start, limit)

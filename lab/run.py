@@ -111,9 +111,15 @@ class Run:
         path, device = self.folder / f"{stage}.resume.pt", self.ranks.device
         epoch_now, step_now, rows, sums = 0, 0, [], torch.zeros(len(columns), dtype=torch.float64)
         if saved := self.ranks.load(path):  # on the CPU: on a GPU each of RAdam's counters would have to be waited for
-            for name, part in parts.items():
-                part.load_state_dict(saved["parts"].pop(name))
-            epoch_now, step_now, rows, sums = saved["epoch"], saved["step"], saved["rows"], saved["sums"]
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(saved["parts"].pop(name))
+                epoch_now, step_now, rows, sums = saved["epoch"], saved["step"], saved["rows"], saved["sums"]
+            except Exception as error:  # whatever a network or an optimizer says to what is not its state
+                text = (str(error) or type(error).__name__).splitlines()[0]
+                raise ValueError(
+                    f"{path} is no state of this run ({text}): delete it, and {stage} begins anew"
+                ) from None
             self.say(f"{stage}: going on at epoch {epoch_now}, step {step_now}")
 
         def diverged(what, epoch, step) -> Diverged:

@@ -26,6 +26,12 @@ def launched() -> tuple[int, int]:
     return rank, count
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Is this what torch or numpy says where memory, of a GPU or of the machine, is not enough?"""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
 def usable(device: str | None) -> None:
     """ValueError if nothing can be computed on this device here; None is left to the caller."""
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # its own, or every process would take memory of the first

@@ -119,7 +119,7 @@ class Target(nn.Module):
         else:
             logits = self._in_pieces(self.model, x.repeat_interleave(draws, dim=0)).to(x.dtype)
         if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
-            self._watch(torch.zeros_like(x))  # no gradient will flow back
+            logits = logits + 0 * x.sum()  # a gradient of zero, which is counted, where none would flow back
         self.count["nonfinite_logits"] += (~logits.detach().isfinite()).any(1).sum()
         return logits.unflatten(0, (len(x), draws))
 

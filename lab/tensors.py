@@ -35,7 +35,7 @@ def read_tensors(path, trust_pickle: bool = False) -> dict:
 
             return load_file(path)
         with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+            content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a file it does not know
         text = str(error)
         refused = "Unsupported global" in text or "Unsupported class" in text or "unsupported GLOBAL" in text
@@ -45,6 +45,9 @@ def read_tensors(path, trust_pickle: bool = False) -> dict:
                 "source, save its state_dict alone; train.py also opens it as it is, with --trust-pickle"
             ) from None
         raise ValueError(f"{path} is not a checkpoint that PyTorch can open; is the file whole?") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where weights by name should be")
+    return content
 
 
 def _is_pickle(path: Path) -> bool:

@@ -6,7 +6,7 @@
 
 A tiny data set and tiny budgets, on the CPU, in one thread. A command is started, killed after a random time, started
 again, ..., until it ends; then its result is compared, and the next round begins in an empty folder. Exit status 1 if
-a result differs, or a command fails.
+a result differs, 2 if a command fails.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from lab.presets import COUNT, check_bounds
 
 ROOT = Path(__file__).parent.parent
 TRAIN = (
@@ -94,6 +96,18 @@ def main() -> int:
     parser.add_argument("--only", choices=["train", "end-to-end", "evaluate"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try:
+        check_bounds("--kills", args.kills, COUNT)
+        return torture(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"torture: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("torture: stopped", file=sys.stderr)
+        return 130
+
+
+def torture(args: argparse.Namespace) -> int:
     script = {name: [sys.executable, str(ROOT / f"{name}.py")] for name in ("train", "evaluate")}
     work = {
         # two of the three stages
@@ -109,7 +123,8 @@ def main() -> int:
         np.savez(folder / "tiny.npz", **arrays)
         if args.only != "train":  # something to go on from, and to attack
             (folder / "first").mkdir()
-            subprocess.run(work["train"][0], cwd=folder / "first", check=True, stdout=subprocess.DEVNULL)
+            with tempfile.TemporaryFile() as log:
+                _succeeded(subprocess.Popen(work["train"][0], cwd=folder / "first", stdout=log, stderr=log), log)
             shutil.copy(folder / "first" / "runs" / "run" / "carso.pt", folder)
         for name, (command, result, kills) in work.items():
             if args.only in (None, name):

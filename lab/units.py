@@ -10,10 +10,6 @@ Shapes: B pictures, N candidates (adversarial versions of a picture), E draws, K
 import contextlib
 import copy
 import dataclasses
-import fcntl
-import os
-import platform
-import sys
 import time
 from pathlib import Path
 
@@ -23,9 +19,10 @@ from torch import nn
 from tqdm import tqdm
 
 import data as datasets
-from lab.files import write_npz
+from lab.files import claim, write_npz
 from lab.presets import Budget
 from lab.race import least, lost, race
+from lab.start import out_of_memory
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, deterministic, full_precision, hits, reseed, seed_for
 
 UNITS = 2  # the version of what a unit's file means; another one's are never mixed with these
@@ -69,11 +66,9 @@ class Evaluation:
 
     def take_over(self, other: "Evaluation") -> None:
         """What another evaluation, which differs in its view of the defence alone, found of the bare classifier."""
-        for name in filter(self.bare, other.finished()):
-            for start in self.starts:
-                self.file(name, start).parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileExistsError):
-                    os.link(other.file(name, start), self.file(name, start))
+        for unit in ((name, start) for name in other.finished() if self.bare(name) for start in self.starts):
+            if not self.file(*unit).is_file():
+                write_npz(self.file(*unit), **other.read(*unit))
 
     # ------------------------------------------------------------------------------------------ the model attacked
 
@@ -105,17 +100,16 @@ class Evaluation:
         while True:
             try:
                 return work()
-            except torch.cuda.OutOfMemoryError:
-                if self.limit <= 16:
-                    print("evaluate.py: out of memory even so; choose a smaller --chunk", file=sys.stderr)
-                    sys.exit(2)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.limit <= 16:
+                    raise
             torch.cuda.empty_cache()
             self.limit //= 2
             print(f"out of memory: going on with {self.limit} pictures at a time", flush=True)
 
     def one_call(self, x, y, gradient: bool, classifier: bool, draws: int) -> torch.Tensor:
-        """What an attack does again and again; for the plan. Returns the gradient, or the logits (B, E, K)."""
-        target = self.target(classifier, self.view)
+        """What an attack does again and again, a picture's draws together: the gradient, or logits (B, E, K)."""
+        target = self.target(classifier, self.view).like_this(limit=max(self.limit, draws * self.samples))
         if gradient:
             with self.search_precision():
                 return climb(target, y, "ce", draws)(x)[1]
@@ -130,8 +124,7 @@ class Evaluation:
         names = list(self.attacks)[: list(self.attacks).index(name)] if self.cascade and name not in CONTROLS else []
         for earlier in names:
             if self.bare(earlier) == self.bare(name) and self.file(earlier, start).is_file():
-                with np.load(self.file(earlier, start)) as file:
-                    standing &= torch.from_numpy(file["select"] > 0).to(self.device)
+                standing &= torch.from_numpy(self.read(earlier, start)["select"] > 0).to(self.device)
         return standing
 
     def attack(self, name: str, start: int) -> None:
@@ -182,7 +175,7 @@ class Evaluation:
         candidates; among equals a real attack counts, not the clean picture; a picture that was lost on every draw
         counts with the first attack that took it so."""
         (x, y), b, began = self.pictures(start), self.budget_for("clean"), time.monotonic()
-        files = [dict(np.load(self.file(n, start))) for n in names]
+        files = [self.read(n, start) for n in names]
         found = torch.from_numpy(np.stack([f["found"] for f in files])).to(self.device)  #    (attacks, B)
         select = torch.from_numpy(np.stack([f["select"] for f in files])).to(self.device)  #  (attacks, B)
         worst = torch.from_numpy(np.stack([f["worst"] for f in files])).to(self.device)  #    (attacks, B, C, H, W)
@@ -212,6 +205,15 @@ class Evaluation:
         arrays = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         write_npz(self.file(name, start), seconds=time.monotonic() - began, **arrays)
 
+    def read(self, name: str, start: int) -> dict[str, np.ndarray]:
+        """A finished unit. OSError if its file is damaged."""
+        path = self.file(name, start)
+        try:
+            with np.load(path) as file:
+                return {key: file[key] for key in ("hits", "select", "seconds")} | dict(file)
+        except Exception as error:  # numpy and zipfile raise anything
+            raise OSError(f"{path} is damaged ({error!r}): delete it, and it is made again") from None
+
     # --------------------------------------------------------------------------------------------- who does which
 
     def finished(self) -> list[str]:
@@ -239,7 +241,7 @@ class Evaluation:
         while work := [unit for unit in work if not self.file(*unit).is_file()]:
             bar.update(bar.total - len(work) - bar.n)
             for name, start in (unit for unit in work if self.ready(unit[0], names, unit[1])):
-                with self.claim(name, start) as claimed:
+                with claim(self.file(name, start)) as claimed:
                     if not claimed or self.file(name, start).is_file():
                         continue
                     bar.set_postfix_str(f"{name}, pictures from {start}")
@@ -264,34 +266,14 @@ class Evaluation:
 
     def accuracy(self, name: str) -> float:
         """Under one attack, over all chunks."""
-        return float(np.concatenate([np.load(self.file(name, start))["hits"].mean(1) for start in self.starts]).mean())
+        return float(np.concatenate([self.read(name, start)["hits"].mean(1) for start in self.starts]).mean())
 
     def told(self, name: str, start: int) -> float:
         """Says what a finished unit found; returns its seconds."""
-        with np.load(self.file(name, start)) as file:
-            right, pictures, seconds = file["hits"].mean(), len(file["hits"]), float(file["seconds"])
-        tqdm.write(f"{name:>12}  pictures {start}-{start + pictures - 1}  right {right:6.1%}  in {seconds:.0f} s")
-        return seconds
-
-    @contextlib.contextmanager
-    def claim(self, name: str, start: int):
-        """Whether this process now has the unit to itself. The system frees the lock of a process that dies, and so
-        another one takes the unit over."""
-        path = self.file(name, start).with_suffix(".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}")
-            lock.flush()
-            try:
-                yield True
-            finally:
-                path.unlink(missing_ok=True)
+        right, seconds = (self.read(name, start)[key] for key in ("hits", "seconds"))
+        last = start + len(right) - 1
+        tqdm.write(f"{name:>12}  pictures {start}-{last}  right {right.mean():6.1%}  in {seconds:.0f} s")
+        return float(seconds)
 
     def owner(self, name: str, start: int) -> str:
         with contextlib.suppress(OSError):

@@ -516,13 +516,23 @@ def test_a_file_without_a_published_checksum_keeps_its_first(tmp_path, server):
     (served / "file.bin").write_bytes(b"weights")
     for _ in range(2):
         data.download(f"{url}/file.bin", tmp_path / "file.bin")
-    assert (tmp_path / "file.bin.md5").read_text().strip() == hashlib.md5(b"weights").hexdigest()
+    pinned = tmp_path / "file.bin.md5"
+    assert pinned.read_text() == f"{hashlib.md5(b'weights').hexdigest()} 7\n"
+    pinned.write_text(hashlib.md5(b"weights").hexdigest() + "\n")  # an earlier version's, without the size
+    data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    assert pinned.read_text().endswith(" 7\n")
     (tmp_path / "file.bin").write_bytes(b"weighty")
     with pytest.raises(ValueError, match="file.bin.md5, if this file is the right one"):
         data.download(f"{url}/file.bin", tmp_path / "file.bin")
     (tmp_path / "file.bin").unlink()
     (served / "file.bin").write_bytes(b"another")
     with pytest.raises(ValueError, match="not the expected file"):
+        data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    (tmp_path / "file.bin").write_bytes(b"longer weights")
+    with pytest.raises(ValueError, match="another file \\(14 bytes; .* should be [0-9a-f]{32} 7"):
+        data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    pinned.write_text("")
+    with pytest.raises(ValueError, match="file.bin.md5 holds no md5 and size"):
         data.download(f"{url}/file.bin", tmp_path / "file.bin")
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import sys
 
@@ -21,7 +22,7 @@ from test_train import here, refusal
 import data
 import evaluate
 import train
-from lab import report, torture
+from lab import bench, compare, plot, presets, report, torture
 from lab.checkpoints import load_checkpoint, load_published_classifier, save_checkpoint
 from lab.files import check_config
 from lab.start import launched, usable
@@ -182,6 +183,57 @@ def test_arrays_of_every_kind(tmp_path):
     assert 20 < taken < 380
 
 
+def evaluated(folder) -> None:
+    """What evaluate.py leaves of two pictures under one attack, and of a sweep."""
+    said = {"checkpoint": "a", "dataset": "d", "n": 2, "eps": 0.2, "counted": ["clean", "apgd"], "config": {"steps": 3}}
+    said |= {"robust": {"accuracy": 0.5, "least": 0.5}, "audit": {"passed": True}, "deterministic": False}
+    (folder / "report.json").write_text(json.dumps(said))
+    rows = ["picture\tlabel\tattack\tduring\tright\tdraws\tselect"]
+    rows += [f"{i}\t{i}\t{name}\t1\t{3 * i}\t4\t0.5" for name in ("clean", "apgd", "worst") for i in range(2)]
+    (folder / "rows.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "sweep-eps.tsv").write_text("eps\tclean\tnoise\tapgd-ce\tn\n0\t1\t1\t1\t2\n0.1\t1\t0.8\t0.5\t2\n")
+
+
+def strange(content: str, rng: random.Random) -> bytes:
+    """Bytes corrupted, or one value replaced by a nasty one, well-formed."""
+    if rng.random() < 0.4:
+        return corrupted(content.encode(), rng)
+    if content[0] == "{":
+        whole = json.loads(content)
+        inside = rng.choice([whole, whole["robust"], whole["audit"]])
+        inside[rng.choice(list(inside))] = rng.choice([*NASTY, None, -1, 0, 7, 1e300, float("nan"), [], {}, [[]], True])
+        return json.dumps(whole).encode()
+    lines = [line.split("\t") for line in content.splitlines()]
+    column = rng.randrange(len(lines[0]))
+    for line in rng.choice([lines[1:], lines[-1:], lines[:1]]):
+        line[column] = rng.choice([*NASTY, "$\\frac{$", "-3", "7", '"'])
+    return "\n".join("\t".join(line) for line in lines).encode()
+
+
+@pytest.mark.parametrize("name", ["report.json", "rows.tsv", "sweep-eps.tsv"])
+def test_damaged_evaluations_are_compared_and_drawn_or_named(tmp_path, monkeypatch, capsys, name):
+    """What is taken has shares between 0 and 1."""
+    rng, drawn, refused = random.Random(name), [], 0
+    monkeypatch.setattr(plot, "save", lambda figure, path, **_: (drawn.append(path), plot.plt.close(figure)))
+    monkeypatch.setattr(compare, "interval", lambda _: [0.0, 0.0])
+    evaluated(tmp_path)
+    whole = (tmp_path / name).read_text()
+    for _ in range(50):
+        (tmp_path / name).write_bytes(content := strange(whole, rng))
+        for script in (compare, plot) if name == "rows.tsv" else (compare,) if name == "report.json" else (plot,):
+            monkeypatch.setattr(sys, "argv", [script.__name__, str(tmp_path)])
+            with at_most(20):
+                status, said = script.main(), capsys.readouterr()
+            assert status in (0, 2), content
+            if status:
+                refused += 1
+                assert str(tmp_path) in said.err and len(said.err.splitlines()) == 1, content
+            elif script is compare:
+                cells = said.out.splitlines()[-1].split("|")
+                assert 0 <= float(cells[4]) <= 100 and 0 <= float(cells[5]) <= 100, content
+    assert 12 < refused
+
+
 NASTY = ["", " ", "-1", "0", "1", "2", "nan", "inf", "-inf", "1e400", "1/0", "8/255", "1e-320", "eight", "None", "0x10"]
 NASTY += ["9" * 30, "9" * 5000, "\0", "ünïcode", "../..", "-", "--", "true", "[]", "*"]
 
@@ -208,6 +260,32 @@ def test_nasty_options(small, tmp_path, monkeypatch, capsys, script):
             assert stop.code == 2, argv
         assert files(tmp_path) == before, argv
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("script", [compare, plot, bench, torture, presets])
+def test_nasty_options_of_what_stands_beside(tmp_path, monkeypatch, capsys, script):
+    """Options are those of --help; the work itself is left out."""
+    for module, work in ((plot, "save"), (bench, "memory_plan"), (torture, "torture")):
+        monkeypatch.setattr(module, work, lambda *_, **__: 0)
+    monkeypatch.setattr(bench, "table", lambda *_: {"matrix_gflop_per_second": 1.0, "rows": []})
+    monkeypatch.setattr(bench, "text", lambda _: "")
+    options = re.findall(r"^  (--[\w-]+)", here(script, tmp_path, ["--help"], monkeypatch, capsys), re.M)
+    evaluated(tmp_path)
+    before, threads, rng = files(tmp_path), torch.get_num_threads(), random.Random(script.__name__)
+    for _ in range(40):
+        argv = [rng.choice([".", "nowhere", "rows.tsv", "", "A=.", "=", ","])] * (script in (compare, plot))
+        for name in rng.sample(options, min(2, len(options))):
+            argv += [name, rng.choice(NASTY)]
+        monkeypatch.setattr(sys, "argv", [script.__name__, *argv])
+        with at_most(20):
+            try:
+                status = script.main()
+            except SystemExit as stop:
+                status = stop.code
+        said = capsys.readouterr()
+        assert status in (0, 2) and (status == 0 or said.err.strip()), argv
+        assert files(tmp_path) == before, argv
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------- a script's bad day
@@ -315,6 +393,35 @@ def test_a_checkpoint_that_says_nothing_of_its_data(tmp_path, monkeypatch, capsy
     options = ["--ckpt", "carso.pt", "--dataset", "digits", "--plan", *EVALUATE]
     e, names, _ = evaluate.prepare(evaluate.parse_arguments(options))
     assert e.eps == 8 / 255 and names == ["clean", "noise"]
+
+
+STATES = [{"config": 3}, {"config": {"eps": "x"}}, {"classes": 3}, {"data_dir": 3}, {"dataset": 3}]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_checkpoint_that_says_something_strange_of_its_training(small, tmp_path, monkeypatch, capsys, state):
+    carso, _ = load_checkpoint(small / "carso.pt")
+    save_checkpoint(tmp_path / "carso.pt", carso, **({"dataset": "digits"} | state))
+    text = refusal(evaluate, tmp_path, ["--ckpt", "carso.pt", *EVALUATE], monkeypatch, capsys)
+    assert ("carso.pt" in text or "--eps x" in text) and len(text.splitlines()) == 1
+
+
+def test_a_defence_that_does_not_look_at_the_picture_can_be_attacked(small, tmp_path, monkeypatch, capsys):
+    """--control zero-condition without the classifier's own answer: all gradients are zero, as the audit says."""
+    options = ["--ckpt", str(small / "carso.pt"), "--control", "zero-condition", "--out", "here", *EVALUATE, "rand"]
+    text = here(evaluate, tmp_path, options, monkeypatch, capsys, code=3)
+    assert "of the gradients are exactly zero" in text
+
+
+def test_a_damaged_unit_of_an_evaluation_is_named(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "vgg.py").write_text(VGG)
+    options = ["--model", "vgg.py:VGG", "--dataset", "digits", "--out", "here", *EVALUATE]
+    here(evaluate, tmp_path, options, monkeypatch, capsys)
+    for content in (b"", b"junk", (small / "a.npz").read_bytes()):
+        (tmp_path / "here" / "work" / "noise-000000.npz").write_bytes(content)
+        text = refusal(evaluate, tmp_path, options, monkeypatch, capsys)
+        assert "noise-000000.npz is damaged" in text and "Traceback" not in text
 
 
 def test_a_model_with_a_classifier_of_its_own_is_no_defence(tmp_path, monkeypatch, capsys):

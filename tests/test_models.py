@@ -236,7 +236,7 @@ WRONG = {
         lambda path: (save_file({k: v.contiguous() for k, v in public_weights().items()}, path), cut(path, 0.001)),
         "whole",
     ),
-    "a tensor": (lambda path: torch.save(torch.zeros(3), path), "not one of the public WideResNets"),
+    "a tensor": (lambda path: torch.save(torch.zeros(3), path), "where weights by name should be"),
     "numbers for weights": (
         lambda path: torch.save(public_weights() | {"logits.bias": torch.zeros(10, dtype=torch.int8)}, path),
         "1 of another kind: logits.bias",

@@ -17,6 +17,7 @@ import evaluate
 from evaluate import ATTACKS
 from lab.audit import audit
 from lab.checkpoints import load_checkpoint, save_checkpoint
+from lab.files import claim
 from lab.presets import Budget
 from lab.race import least, lost, race
 from lab.report import in_words
@@ -331,10 +332,11 @@ HOLDER = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
+from lab.files import claim
 from lab.units import Evaluation
 e = Evaluation.__new__(Evaluation)
 e.folder = Path({folder!r})
-with e.claim("apgd-ce", 0) as claimed:
+with claim(e.file("apgd-ce", 0)) as claimed:
     print("claimed", claimed, flush=True)
     time.sleep(60)
 """
@@ -346,14 +348,14 @@ def test_a_unit_has_one_owner_and_is_taken_over_when_it_dies(tmp_path):
     code = HOLDER.format(root=str(ROOT), folder=str(tmp_path))
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "claimed True\n"
-    with e.claim("apgd-ce", 0) as claimed:
+    with claim(e.file("apgd-ce", 0)) as claimed:
         assert not claimed
     assert e.owner("apgd-ce", 0).startswith(f"process {holder.pid} on ")
-    with e.claim("apgd-ce", 2) as claimed:
+    with claim(e.file("apgd-ce", 2)) as claimed:
         assert claimed  # another unit is free
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    with e.claim("apgd-ce", 0) as claimed:
+    with claim(e.file("apgd-ce", 0)) as claimed:
         assert claimed
     assert not list(tmp_path.rglob("*.lock"))
 

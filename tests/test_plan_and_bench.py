@@ -107,17 +107,50 @@ def test_a_plan_of_the_papers_budget_is_quick_and_touches_nothing(tiny_carso):
     rows = {row["attack"]: row for row in plan.plan(e, list(ATTACKS), call)}
     assert rows["rand"]["gradients"] == 2 * 101 * 20 and rows["pgd-eot"]["gradients"] == 200 * 20
     assert rows["square"]["passes"] >= 5000 * 20 and rows["standard"]["passes"] >= 5000
-    assert rows["clean"] | {"hours": 0} == {"attack": "clean", "gradients": 0, "passes": 41, "flop": 3 * 41, "hours": 0}
+    clean = {"attack": "clean", "gradients": 0, "passes": 41, "flop": 3 * 41}
+    assert {key: rows["clean"][key] for key in clean} == clean
     assert len(made) < 100 and all(row["hours"] > 0 for row in rows.values())
+
+
+SPLIT = {64: list(ATTACKS), 6: ["fixed-noise", "pgd-eot", "rand", "standard", "square"], 2: ["noise", "fixed-noise"]}
+
+
+@pytest.mark.parametrize("limit", SPLIT)
+def test_memory_planned_is_the_memory_that_the_attacks_take(tiny_carso, tmp_path, monkeypatch, limit):
+    """Against bytes of all tensors alive while the real attack, which fools nothing, works on the real model, and with
+    limits that take apart the chunk, and (2 < S) the members of a picture."""
+    tiny_carso.requires_grad_(False)
+    own = sum(t.nbytes for t in (*tiny_carso.parameters(), *tiny_carso.buffers()))
+    answers = {"defence": tiny_carso, "classifier": tiny_carso.classifier}
+    monkeypatch.setattr(plan, "SECONDS", 0.0)  # the rate does not matter
+    budget = replace(BUDGET, steps=1, pgd_steps=1, queries=1, targets=1, draws=2)
+    for name in SPLIT[limit]:  # not all where a limit makes many small calls, which take long
+        labels = answers[ATTACKS[name].on]((255 * X).to(torch.uint8) / 255).argmax(1)
+        e = evaluation(tiny_carso, tmp_path, eps=1e-6, labels=labels, budget=budget, limit=limit)
+        row = plan.plan(e, [name], e.one_call)[0]
+        real = plan.counted(lambda e=e, name=name: e.attack(name, 0)).most
+        assert 0.98 * real < row["memory"] - own < 1.35 * real, name
+
+
+def test_bytes_are_counted_once_and_until_they_are_freed():
+    x = torch.rand(10, 10)
+
+    def work():
+        y = x + 1  # 400 bytes
+        y = y.view(100)[:50].mul_(2).double()  # 400 more, then the first are freed
+        return torch.cat([y, y])  # and 800 more
+
+    assert plan.counted(work).most == 400 + 800
 
 
 def test_a_calls_flop_are_linear_in_its_draws(tiny_carso):
     e = evaluation(tiny_carso)
     x, y = e.pictures(0)
     for gradient in (False, True):
-        shared, each, rate = plan.measure(e.one_call, x, y, gradient, False)
-        counted = plan.count_flop(lambda gradient=gradient: e.one_call(x[:1], y[:1], gradient, False, 5))
-        assert shared + 5 * each == pytest.approx(counted, rel=1e-9) and shared > 0 and rate > 0
+        shared, each, kept, kept_each, rate = plan.measure(e.one_call, x, y, gradient, False)
+        counted = plan.counted(lambda gradient=gradient: e.one_call(x[:1], y[:1], gradient, False, 5))
+        assert shared + 5 * each == pytest.approx(counted.flop, rel=1e-9) and shared > 0 and rate > 0
+        assert kept + 5 * kept_each == pytest.approx(counted.most, rel=0.03)
 
 
 def test_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -131,8 +164,8 @@ def test_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     for what in (["--ckpt", "carso.pt"], ["--model", "mine.py:build", "--dataset", "digits", "--eps", "0.2"]):
         options = [*what, *small, "--attack", "all", "--plan", "--out", "planned"]
         said = here(evaluate, tmp_path, options, monkeypatch, capsys)
-        assert "4 pictures" in said and "square" in said and said.splitlines()[-3].startswith("all")
-        assert float(said.splitlines()[-3].split()[-1]) >= 0
+        assert "4 pictures" in said and "square" in said and said.splitlines()[-4].startswith("all")
+        assert float(said.splitlines()[-4].split()[-1]) >= 0 and "80 GB hold --limit" in said.splitlines()[-2]
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(path)] == before
 
 
@@ -194,8 +227,10 @@ def test_benchs_table_and_refusals(quick, tmp_path, monkeypatch, capsys):
     for options, sentence in (
         (["--depth", "11"], "--depth 11 must be 6n + 4"),
         (["--batch-size", "4"], "--batch-size 4 must be 8 or more"),
-        (["--threads", "0"], "--threads 0 must be 1 or more"),
-        (["--device", "cuda"], "there is no CUDA device here"),
+        (["--threads", "0"], "--threads 0 must be 1 to 1000"),
+        (["--width", "9" * 30], f"--width {'9' * 30} must be 1 or more"),
+        (["--memory-plan", "--tflops", "nan"], "--tflops nan must be positive"),
+        (["--device", "cuda"], "--device cuda cannot be used here"),
     ):
         if torch.cuda.is_available() and "cuda" in options:
             continue

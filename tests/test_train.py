@@ -24,6 +24,7 @@ import train
 from attacks import adversarially_balanced_batch
 from lab.checkpoints import load_checkpoint
 from lab.presets import PRESETS
+from lab.start import out_of_memory
 from models import WideResNet, record, representation_layers
 from purifier import build_carso, vae_loss
 from train import Lookahead, kl_weight, learning_rate, refresh_batchnorm, schedule_at
@@ -452,7 +453,19 @@ def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, 
         (["--objective", "end-to-end", "--tap", "init_conv"], "--tap goes with --from scratch"),
         (["--objective", "end-to-end", "--width", "2", "--samples", "3"], "--width and --samples: the checkpoint that"),
         (["--mirror", "true"], "goes with --augment true"),
-        (["--tap", "init_conv", "layer.9"], "WRN-10-1 has no layer layer.9"),
+        (["--tap", "init_conv", "layer.9"], "the classifier has no layer named layer.9"),
+        (["--tap", "logits"], "layer 0 of the representation is .* tap an earlier layer"),
+        (["--objective", "end-to-end", "--from", "scratch", "--tap", "logits"], "tap an earlier layer"),
+        (["--tap", "init_conv", ""], "--tap is empty"),
+        (["--objective", "end-to-end", "--from", ""], "--from is empty"),
+        (["--depth", "999999999994"], "up to 1000"),
+        (["--latent-dim", "9" * 30], "up to a million"),
+        (["--micro-batch", "0"], "--micro-batch 0 must be 1 or more"),
+        (["--seed", "9" * 30], "--seed 9* must be less than 2\\^32"),
+        (["--save-every", "nan"], "--save-every nan must be 0 or more"),
+        (["--name", "../elsewhere"], "--name is that of a folder under runs/"),
+        (["--name", "."], "--name is that of a folder under runs/"),
+        (["--train-on", "published"], "no classifier is published for digits"),
         (["--from", "scratch"], "goes with --objective end-to-end"),
         (["--train-on", "a.pt", "--classifier", "b.pt"], "exclude each other"),
     ],
@@ -460,6 +473,44 @@ def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, 
 def test_wrong_input_gets_a_sentence(tmp_path, monkeypatch, capsys, options, sentence):
     assert re.search(sentence, refusal(train, tmp_path, options, monkeypatch, capsys))
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize("channels, classes, sentence", [(3, 3, "expected pictures"), (1, 4, "do not fit")])
+def test_weights_that_do_not_fit_the_data_are_refused_by_name(folder, monkeypatch, capsys, channels, classes, sentence):
+    weights = WideResNet(classes, 10, 1, channels).state_dict()
+    torch.save(weights | {"mean": torch.full((channels,), 0.5), "std": torch.full((channels,), 0.5)}, folder / "w.pt")
+    for option in ("--classifier", "--train-on"):
+        output = refusal(train, folder, ["--dataset", "tiny.npz", *TINY, option, "w.pt"], monkeypatch, capsys)
+        assert "w.pt" in output and sentence in output and not (folder / "runs" / "tiny").exists()
+
+
+STRANGE = ([1], torch.ones(3), {"state_dict": torch.ones(2)}, {"parts": {}}, {"differences": torch.ones(2)})
+
+
+@pytest.mark.parametrize("file", ["classifier.pt", "purifier.resume.pt", "attacked/0-0000000.pt"])
+def test_strange_files_in_a_runs_folder_are_refused_by_name(folder, tmp_path, monkeypatch, capsys, file):
+    shutil.copy(folder / "tiny.npz", tmp_path)
+    shutil.copytree(folder / "runs" / "whole", tmp_path / "runs" / "whole")
+    (tmp_path / "runs" / "whole" / "carso.pt").unlink()
+    path = tmp_path / "runs" / "whole" / file
+    path.parent.mkdir(exist_ok=True)
+    for content in STRANGE:
+        torch.save(content, path)
+        options = ["--dataset", "tiny.npz", "--name", "whole", *TINY]
+        output = refusal(train, tmp_path, options, monkeypatch, capsys)
+        assert f"runs/whole/{file}" in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_memory_that_is_not_enough_gets_a_sentence(folder, tmp_path, monkeypatch, capsys):
+    for hungry in (lambda: torch.empty(2**60), lambda: np.empty(2**50)):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            hungry()
+        assert out_of_memory(caught.value)
+        monkeypatch.setattr(train, "stage_one", lambda *_, hungry=hungry: hungry())
+        shutil.copy(folder / "tiny.npz", tmp_path)
+        output = refusal(train, tmp_path, ["--dataset", "tiny.npz", *TINY], monkeypatch, capsys)
+        assert "the memory is not enough: add --micro-batch" in output
+    assert not out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_a_refusal_from_the_shell(tmp_path):
