@@ -12,6 +12,7 @@ import torch
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # tiny networks gain nothing from more, and lose much where other programs run
 
 from models import WideResNet, record, representation_layers  # noqa: E402
 from purifier import CARSO, build_carso  # noqa: E402

@@ -16,7 +16,7 @@ FILES = {
     for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]
 }
 CARD = {"models", "purifier", "attacks", "aggregate", "data", "train", "evaluate"}
-GROUND = {f"lab.{name}" for name in "files pictures tensors presets ranks start run checkpoints".split()}
+GROUND = {f"lab.{name}" for name in "files pictures tensors foreign presets ranks start run checkpoints".split()}
 
 
 def imports(module: str) -> set[str]:
