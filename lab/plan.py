@@ -86,7 +86,9 @@ class StandIn(nn.Module):
         self.samples, self.answer, self.calls, self.most, self.bare = samples, answer, calls, most, bare
         if hasattr(model, "purifier"):
             self.purifier = None
-            self.classifier = StandIn(model.classifier, 1, answer, calls, most, bare=True)
+            self.classifier = self.labeller = StandIn(model.classifier, 1, answer, calls, most, bare=True)
+            if getattr(model, "final", None) is not None:
+                self.labeller = StandIn(model.final, 1, answer, calls, most, bare=True)
         if hasattr(model, "member_logits"):
             latent = model.purifier.config["latent_dim"]
             self.member_logits, self.draw = self.members, lambda x, members: torch.zeros(len(x), members, latent)

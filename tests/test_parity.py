@@ -4,6 +4,7 @@ and their released defence fetched from a server."""
 import functools
 import http.server
 import json
+import re
 import threading
 
 import numpy as np
@@ -104,6 +105,12 @@ def test_evaluate_with_a_second_classifier(digits_carso, monkeypatch, capsys):
     one, two = (json.loads((digits_carso / n / "report.json").read_text()) for n in ("one", "two"))
     assert two["config"]["final"] == "other.pt" and one["config"]["weights"] != two["config"]["weights"]
     assert one["attacks"]["transfer"]["candidates"] < two["attacks"]["transfer"]["candidates"]
+    plans = [
+        here(evaluate, digits_carso, [*common, *more, "--plan"], monkeypatch, capsys)
+        for more in ([], ["--final", "other.pt"])
+    ]
+    gradients = [int(re.search(r"^transfer +(\d+)", plan, re.M)[1]) for plan in plans]
+    assert gradients[1] == 2 * gradients[0]  # from both
     refused = refusal(evaluate, digits_carso, [*common, "--final", "seven.pt"], monkeypatch, capsys)
     assert "seven.pt do not fit" in refused
     bare = ["--ckpt", "other.pt", "--dataset", "digits", *ATTACKING, "--final", "other.pt"]
