@@ -456,5 +456,5 @@ def test_torture_tells_a_sound_script_from_one_that_is_not(tmp_path, sound):
     )
     command = [sys.executable, str(tmp_path / "steps.py")]
     kills, survived = torture.survive(command, tmp_path, lambda folder: files(folder).popitem()[1], 4, random.Random(0))
-    assert survived == sound and kills >= (4 if sound else 1)
+    assert survived == sound and (kills >= 4 or not sound)  # by its process number it differs even without a kill
     assert sorted(os.listdir(tmp_path)) == ["steps.py"]
