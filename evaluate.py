@@ -145,6 +145,8 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         if file:
             if not hasattr(model, "purifier"):
                 raise ValueError(f"--{option} looks at reconstructions, and this model makes none")
+            if file in published.names_of(data.name):
+                file = published.fetch_classifier(data.name, file, args.data_dir or "data")
             others[option] = load_classifier(file, len(data.classes), data.mean, data.std).to(args.device)
             check_answers(others[option], file, data.test_images, len(data.classes), args.device)
     if args.final:

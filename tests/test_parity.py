@@ -253,6 +253,13 @@ def test_the_published_defence_in_one_command(bucket, monkeypatch, capsys):
     assert naive["attacks"]["standard"] == ours["attacks"]["standard"]  # attacked once, since no view matters to it
 
 
+def test_a_public_classifier_may_label(bucket, monkeypatch, capsys):
+    options = ["--published", "cifar10", "--final", GOWAL, "--attack", "clean", "--view", "logsumexp", "--samples", "1"]
+    here(evaluate, bucket, [*options, *ATTACKING, "--out", "two"], monkeypatch, capsys)
+    assert (bucket / "data" / "published" / "cifar10" / "cifar10_linf_wrn28-10_with.pt").is_file()
+    assert json.loads((bucket / "two" / "report.json").read_text())["config"]["final"] == GOWAL
+
+
 def test_another_defence_under_the_published_name_is_refused(bucket, monkeypatch, capsys):
     name, (address, _) = next(iter(published.CLASSIFIERS["cifar10"].items()))
     monkeypatch.setitem(published.CLASSIFIERS["cifar10"], name, (address, 0.9216))
