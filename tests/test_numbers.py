@@ -326,6 +326,26 @@ def test_counters_stay_on_the_device(tiny_carso):
     assert isinstance(target.count["nonfinite"], torch.Tensor) and isinstance(target.count["zero"], torch.Tensor)
 
 
+def test_every_draw_follows_from_the_unit_and_scores_rest_on_fresh_ones(tiny_carso, tmp_path, monkeypatch):
+    """Whatever was drawn before; and the draws that choose a candidate are not those that score it."""
+    drawn, real = [], tiny_carso.draw
+    monkeypatch.setattr(tiny_carso, "draw", lambda x, samples: drawn.append(real(x, samples)) or drawn[-1])
+    e = evaluation(tiny_carso, tmp_path)
+    e.is_deterministic()
+    seen = []
+    for _ in range(2):
+        drawn.clear()
+        e.attack("noise", 0)
+        e.headline("headline", ["noise"], 0)
+        seen.append(drawn.copy())
+        torch.randn(7), real(torch.zeros(2, 1, 32, 32), 5)
+    assert len(seen[0]) == len(seen[1]) >= 4
+    for number, (one, other) in enumerate(zip(*seen)):
+        assert torch.equal(one, other), f"draw {number}"
+    numbers = torch.cat([z.flatten() for z in seen[0]])
+    assert len(numbers.unique()) == len(numbers)  # no draw serves twice
+
+
 # ----------------------------------------------------------------------------------------------------- 9. processes
 
 HOLDER = """
