@@ -258,14 +258,17 @@ def run(e: Evaluation, args, names: list[str], skipped: list[str], rank: int) ->
 
 def evaluate(args: argparse.Namespace) -> int:
     """The exit status: 0, 2 for what is refused, 3 if the audit failed (through the last view, where there are two)."""
-    both = args.published in published.FOLDERS and not (args.view or args.sweep or args.plan)
-    results, earlier, args.attack = {}, None, args.attack or (["paper"] if both else ["standard", "rand"])
+    released, out = args.published in published.FOLDERS, args.out
+    args.attack = args.attack or (["paper"] if released else ["standard", "rand"])
+    both = released and args.aggregation == "robust" and not (args.view or args.sweep or args.plan)
+    results, earlier = {}, None
     for view in ("naive-odds", "logsumexp") if both else (args.view,):
         try:
             rank, _ = launched()
             if args.device == "cuda" and "LOCAL_RANK" in os.environ:
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(args.device)
+            args.out = str(Path(out) / view) if both and out else out
             e, names, skipped = prepare(argparse.Namespace(**vars(args) | {"view": view}))
         except (ValueError, OSError) as error:
             print(f"evaluate.py: {error}", file=sys.stderr)
@@ -274,13 +277,13 @@ def evaluate(args: argparse.Namespace) -> int:
             print(e.note, flush=True)
         if args.plan or (both and rank == 0 and not earlier):
             print(plan.text(e.patiently(lambda e=e, names=names: plan.plan(e, names, e.one_call)), e), flush=True)
+            print("All this for each of two views.\n" if both else "", end="")
         if args.plan:
             return 0
         if earlier:
             e.take_over(earlier)
         results[view], earlier = run(e, args, names, skipped, rank), e
     if both and rank == 0:
-        print("The hours of the plan were for each of the two views.\n")
         text = published.side_by_side(results, e.budget)
         write_text(e.folder.with_name(f"{e.folder.name}-beside-naive-odds.md"), text)
         print(text)

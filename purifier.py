@@ -237,12 +237,12 @@ class CARSO(nn.Module):
         self._seed, self._generator = seed + 1_000_003 * rank, None
 
     def draw(self, x: torch.Tensor, samples: int) -> torch.Tensor:
-        """z ~ N(0, I), (B, samples, Z), on x's device; one z = 0, or as many as asked for, of a CARSO of samples 0."""
-        if self._generator is None or self._generator.device != x.device:
-            self._generator = torch.Generator(x.device).manual_seed(self._seed)
+        """z ~ N(0, I), (B, samples, Z), on x's device. Where this CARSO's own S is 0: z = 0, (B, 1 or samples, Z)."""
         shape = (len(x), max(samples, 1), self.purifier.config["latent_dim"])
         if self.samples == 0:
             return torch.zeros(shape, device=x.device, dtype=x.dtype)
+        if self._generator is None or self._generator.device != x.device:
+            self._generator = torch.Generator(x.device).manual_seed(self._seed)
         return torch.randn(shape, generator=self._generator, device=x.device, dtype=x.dtype)
 
     def answers(self, x: torch.Tensor, z: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

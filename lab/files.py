@@ -1,4 +1,5 @@
-"""Files that are whole or not there: writing under a temporary name, downloads that go on, a folder's configuration."""
+"""Files that are whole or not there: writing under a temporary name, work claimed by one process, a folder's
+configuration, tables, downloads that go on."""
 
 import contextlib
 import csv

@@ -236,10 +236,12 @@ def bucket(tmp_path, monkeypatch):
 
 def test_the_published_defence_in_one_command(bucket, monkeypatch, capsys):
     """Fetched, its classifier checked, planned, attacked through two outputs, set beside the paper's figures."""
-    options = ["--published", "cifar10", "--samples", "2", "--pgd-steps", "2", *ATTACKING]
+    options = ["--published", "cifar10", "--samples", "2", "--pgd-steps", "2", *ATTACKING, "--out", "found"]
     output = here(evaluate, bucket, options, monkeypatch, capsys)
     folder = bucket / "data" / "published" / "cifar10"
     assert len(list(folder.glob("*.safetensors"))) == 4
+    folder = bucket / "found"  # which holds both views, each in its own folder
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"naive-odds", "logsumexp"}
     assert output.index("TFLOP") < output.index("# cifar10") and output.count("TFLOP") == 1
     report = next(folder.glob("*-beside-naive-odds.md")).read_text()
     assert report in output and "| through naive-odds | through logsumexp |" in report.replace("| published ", "")
