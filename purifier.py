@@ -155,7 +155,8 @@ class Purifier(nn.Module):
 
     def decode(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """(B, Z), (B, D) -> reconstruction (B, C, H, W) in (0, 1)."""
-        return self.decoder(torch.cat([z, condition], dim=1))
+        logits = self.decoder[:-1](torch.cat([z, condition], dim=1))
+        return self.decoder[-1](logits.to(z.dtype))  # the sigmoid in full, also under autocast: bfloat16 has no 0.999
 
     def forward(self, x: torch.Tensor, representation: list[torch.Tensor], noise: torch.Tensor | None = None):
         """The training pass: perturbed pictures and the classifier's representation of them -> reconstruction, mu,
@@ -272,8 +273,7 @@ class CARSO(nn.Module):
     def _paint(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """z (B, S, Z), condition (B, D) -> reconstructions (B, S, C, H, W)."""
         condition = condition.repeat_interleave(z.shape[1], dim=0)  #              (B S, D)
-        reconstructions = self.purifier.decode(z.flatten(0, 1), condition).to(z.dtype)  # also under autocast
-        return reconstructions.unflatten(0, z.shape[:2])
+        return self.purifier.decode(z.flatten(0, 1), condition).unflatten(0, z.shape[:2])
 
     def member_logits(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
         """The members' logits, (B, S, K)."""

@@ -133,8 +133,10 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
         (clean, y), generator = run.pictures(data, indices), run.generator(stage, epoch, number)
         perturbed = perturb(clean, y, indices, epoch, first, generator)
         latent = torch.randn((len(indices), p.latent_dim), generator=generator, device=device)
-        representation = recorded(classifier, carso.layers, perturbed, micro_batch)
-        return clean, *network(perturbed, representation, ranks.share(latent))
+        with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
+            representation = recorded(classifier, carso.layers, perturbed, micro_batch)
+            outputs = network(perturbed, representation, ranks.share(latent))
+        return clean, *(output.float() for output in outputs)
 
     def step(epoch, number, indices, first):
         at = schedule_at(epoch, number, steps, p)

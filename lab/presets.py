@@ -130,8 +130,7 @@ class Preset:
     end_reconstruction: float = setting(4.0, NUMBER, "weight of the BCE, a mean over the picture's values")
     own_answer: float = setting(0.5, PART, "share of the classifier's answer to the picture itself in each member")
 
-    # (Ours. The purifier's own update in stage two stays in float32: its loss is a sum over millions of values.)
-    bf16: bool = setting(False, SWITCH, "mixed precision for attacks, the classifier's update and end to end")
+    bf16: bool = setting(False, SWITCH, "mixed precision for attacks and updates; losses stay in float32 (ours)")
 
 
 PAPER = Preset()

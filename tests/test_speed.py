@@ -75,6 +75,16 @@ def test_pixels_and_logits_keep_float32_under_autocast(tiny_carso):
         assert b.dtype == torch.float32 and 0 < (a - b).abs().mean() < 0.05 * a.abs().mean()
 
 
+def test_white_stays_below_one_in_bf16(tiny_carso):
+    """bfloat16 has nothing between 0.996 and 1, and the BCE of a pixel that is exactly 1 is off by a factor."""
+    decoder, z = tiny_carso.purifier.decoder, tiny_carso.draw(X, 2)
+    torch.nn.init.zeros_(decoder[-2].weight)
+    torch.nn.init.constant_(decoder[-2].bias, 7.0)
+    with bf16():
+        white = tiny_carso.purify(X, z)
+    assert_close(white, torch.full_like(white, 0.999089), atol=2e-6, rtol=0)
+
+
 def test_the_balanced_batch_in_bf16(tiny_carso):
     x, y, noise = torch.rand(8, 1, 32, 32), torch.arange(8) % 5, torch.zeros(8, 1, 32, 32)
     with bf16():
@@ -84,12 +94,13 @@ def test_the_balanced_batch_in_bf16(tiny_carso):
     assert losses[1] > losses[0]
 
 
-def test_training_with_attacks_in_bf16(monkeypatch):
-    """The option reaches the attack and nothing else."""
+def test_training_in_bf16(monkeypatch):
+    """The option reaches the attack, the classifier and the purifier, but not the loss."""
     seen, module = [], lab.perturb
     monkeypatch.setattr(module, "adversarially_balanced_batch", lambda classifier, x, *_, **__: seen.append(on()) or x)
-    monkeypatch.setattr(train, "vae_loss", lambda r, *rest: seen.append(on()) or [r.sum()] * 3)
-    on = lambda: torch.is_autocast_enabled("cpu")  # noqa: E731
+    monkeypatch.setattr(train, "recorded", lambda *a: seen.append(on()) or real(*a))
+    monkeypatch.setattr(train, "vae_loss", lambda *a: seen.append((on(), {t.dtype for t in a[:4]})) or [a[0].sum()] * 3)
+    on, real = lambda: torch.is_autocast_enabled("cpu"), lab.perturb.recorded
     for asked in (True, False):
         carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
         p = train.dataclasses.replace(PRESETS["digits"], latent_dim=4, bf16=asked, attack_versions=0)
@@ -99,7 +110,8 @@ def test_training_with_attacks_in_bf16(monkeypatch):
         run_ = train.Run(None, {"seed": 0}, Ranks(0, 1, torch.device("cpu")), 60)
         monkeypatch.setattr(train, "refresh_batchnorm", lambda *_: None)
         train.train_purifier(run_, data, carso, p)
-        assert seen == [asked, False]
+        assert seen == [asked, asked, (False, {torch.float32})]
+        assert all(q.grad.dtype == torch.float32 and q.grad.isfinite().all() for q in carso.purifier.parameters())
 
 
 # ---------------------------------------------------------------------------------------- searching in mixed precision
