@@ -213,11 +213,11 @@ def test_neither_way_wants_gradients_of_the_classifier(quick):
         assert not carso.training
 
 
-def test_bench_in_bf16_measures_the_attacks_only(quick, tmp_path, monkeypatch, capsys):
+def test_bench_in_bf16_measures_what_training_and_attacks_do(quick, tmp_path, monkeypatch, capsys):
     seen, real = [], bench.measure
     monkeypatch.setattr(bench, "measure", lambda *args: seen.append(args[-1]) or real(*args))
     result = json.loads(here(bench, tmp_path, [*DIGITS, "--precision", "bf16", "--json"], monkeypatch, capsys))
-    assert [row["part"].split()[0] for row in result["rows"]] == ["classifier", "(a)", "(d)", "EoT"]
+    assert [row["part"][:3] for row in result["rows"]] == ["cla", "(a)", "(b)", "(d)", "EoT", "(a)", "(a)"]
     assert all(row["share_of_matrix_rate"] > 0 for row in result["rows"]) and seen == [torch.bfloat16]
 
 
