@@ -81,9 +81,8 @@ def ours(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
 
 
 def plain(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
-    """The same as the paper's text reads and its authors' code does it: PyTorch's own BatchNorm, its own memory layout
-    in the purifier, four attacks one after another, members by vmap, draws of EoT one by one. Like ours (and theirs),
-    it takes no gradient that nobody needs."""
+    """The same as the paper's text reads and its authors' code does it: PyTorch's own BatchNorm and memory layout, four
+    attacks one after another, members by vmap, draws of EoT one by one. It, too, takes no gradient nobody needs."""
     carso = copy.deepcopy(carso)
     classifier, purifier = carso.classifier, carso.purifier.to(memory_format=torch.contiguous_format)
     for module in carso.modules():
@@ -215,7 +214,8 @@ def scenario(p: Preset, classes: int, shape) -> dict[str, float]:
     carso.purifier.recompute = True
     micro = saved_bytes(carso, lambda: training_loss(carso, x)) / 2e9
     parameters = sum(q.nbytes for q in carso.purifier.parameters()) / 1e9
-    flop = p.fraction * (p.attack_steps + 1) / 2 * gradient + step  # half of the attacks are FGSM: one gradient
+    attacks = p.attack_versions / p.epochs or p.fraction  # an epoch; half of them are FGSM, which is one gradient
+    flop = attacks * (p.attack_steps + 1) / 2 * gradient + step
     return dict(flop=flop, attack=p.fraction * attack, train=train, micro=micro, parameters=parameters)
 
 

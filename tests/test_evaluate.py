@@ -429,7 +429,7 @@ def test_signs_of_masking_are_seen():
 
 
 def test_sweep_has_a_row_a_value_and_a_plot(folder, monkeypatch, capsys):
-    options = ["--ckpt", "carso.pt", "--out", "swept", *TINY, "--sweep", "eot", "--pictures", "3"]
+    options = ["--ckpt", "carso.pt", "--out", "swept", *TINY, "--sweep", "eot", "--pictures", "1", "--steps", "1"]
     here(evaluate, folder, options, monkeypatch, capsys)
     lines = (folder / "swept" / "sweep-eot.tsv").read_text().splitlines()
     assert lines[0].split("\t") == ["eot", "clean", "noise", "apgd-ce", "n"] and len(lines) == 5

@@ -244,7 +244,10 @@ def test_what_the_backward_pass_keeps():
     assert bench.saved_bytes(layer, lambda: layer(x).relu()) == 2 * (2 * 4 * 4)  # the input, and relu's output
     p = replace(PRESETS["digits"], attack_steps=3, fraction=0.5)
     cost = bench.scenario(p, 3, (3, 32, 32))
-    assert cost["micro"] < cost["train"] and cost["flop"] > 0
+    assert cost["micro"] < cost["train"]
+    anew = bench.scenario(replace(p, attack_versions=0), 3, (3, 32, 32))  # half of the pictures in each of 24 epochs
+    part = lambda n: bench.scenario(replace(p, attack_versions=24 * n), 3, (3, 32, 32))["flop"]  # noqa: E731
+    assert 0 < cost["flop"] < anew["flop"] and 2 * (anew["flop"] - part(0.25)) == pytest.approx(part(0.75) - part(0.25))
 
 
 # ---------------------------------------------------------------------------------------------------------- our APGD
