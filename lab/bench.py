@@ -145,7 +145,7 @@ def saved_bytes(model: nn.Module, forward) -> int:
 
 
 def table(carso: CARSO, x: torch.Tensor, y: torch.Tensor, repeats: int, bf16: bool, against: bool) -> dict:
-    """Every part's seconds, rates, memory (MB a picture), with `against` the plain way's seconds; with bf16 only MIXED."""
+    """Every part's seconds, rates, memory (MB a picture); `against`: the plain way's seconds, too; bf16: only MIXED."""
     mine, autocast = ours(carso, x, y), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
     ways = {"ours": {name: autocast(mine[name]) for name in MIXED} if bf16 else mine}
     ways |= {"plain": plain(carso, x, y)} if against else {}
