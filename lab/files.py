@@ -215,7 +215,8 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
             if not path.is_file():  # else another process has been here
                 _fetch(url, path, partial, known)
                 if not checksum:
-                    _pin(path, pinned)
+                    _pin(partial, pinned)
+                os.replace(partial, path)  # last: the others take a file that is there for one that has its md5
     if not checksum and not (pinned.is_file() and " " in pinned.read_text()):  # an earlier version kept no size
         _pin(path, pinned)
 
@@ -239,6 +240,7 @@ def _alone(partial: Path, path: Path):
 
 
 def _fetch(url: str, path: Path, partial: Path, checksum: str | None) -> None:
+    """Make the partial file whole, or raise; path is for the sentences."""
     by_hand, too_long = f"put the file at {path} by hand", False
     try:
         whole = _go_on(url, partial)
@@ -249,7 +251,6 @@ def _fetch(url: str, path: Path, partial: Path, checksum: str | None) -> None:
         whole = error.headers.get("Content-Range") == f"bytes */{size}"
         too_long = not whole
     if _is(partial, checksum) if checksum else whole:
-        os.replace(partial, path)
         return
     if whole or too_long:
         partial.unlink()

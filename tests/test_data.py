@@ -558,6 +558,21 @@ def test_of_many_that_download_one_does(tmp_path, server):
     assert sorted(p.name for p in tmp_path.glob("file.*")) == ["file.bin", "file.bin.md5"]
 
 
+def test_a_downloaded_file_never_stands_without_its_md5(tmp_path, server, monkeypatch):
+    """Else one that comes between them writes the md5 as well, and the two disturb each other."""
+    url, served = server
+    (served / "file.bin").write_bytes(b"weights")
+    real, seen = os.replace, []
+
+    def replace(source, target):
+        seen.append((Path(target).name, (tmp_path / "file.bin.md5").is_file()))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    data.download(f"{url}/file.bin", tmp_path / "file.bin")
+    assert seen == [("file.bin.md5", False), ("file.bin", True)]
+
+
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
     (tmp_path / ".a.txt.1.part").write_text("half")
     (tmp_path / ".b.txt.1.part").write_text("of another file")
