@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import data as datasets
@@ -28,7 +27,7 @@ from lab.checkpoints import fingerprint_of, load_checkpoint, load_start
 from lab.perturb import perturbing, recorded
 from lab.presets import PAPER, PRESETS, Preset, add_options, check_options, choose_preset
 from lab.published import CLASSIFIERS, names_of
-from lab.ranks import keep_freed_memory, start_ranks
+from lab.ranks import keep_freed_memory, leave, start_ranks
 from lab.robust_training import check_buildable, load_classifier, stage_one, train_end_to_end, untrained
 from lab.run import DECIDED, Run, Stopped, drawing, fingerprint, finish, load_data
 from lab.start import launched, out_of_memory, usable
@@ -308,11 +307,8 @@ def main() -> int:
     except OSError as error:
         print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,8 +1,12 @@
 """Many processes as one: BatchNorm over the pictures of all ranks, random numbers that follow from the step."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from torch import nn
 from torch.testing import assert_close
 
@@ -49,6 +53,23 @@ def test_only_what_is_trained_is_synchronised(one_rank, tiny_carso):
         for layer in part.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 assert ("forward" in vars(layer)) == replaced
+
+
+@pytest.mark.parametrize("several, said", [(True, "trained"), (False, "trained cleared up")])
+def test_one_of_several_processes_ends_at_once(several, said):
+    """With its status and all that it said, but without what the interpreter does at its end, where a thread that
+    DistributedDataParallel left behind would abort it."""
+    program = f"""
+import atexit, torch.distributed as dist
+from lab.ranks import leave
+atexit.register(print, "cleared up")
+if {several}:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+print("trained")
+leave(130)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, " ".join(done.stdout.split())) == (130, said), done.stderr
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
