@@ -184,8 +184,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--final", metavar="FILE", help="weights of a second classifier, which labels the reconstructions, while the "
         "first one is looked into (default: one does both)")  # fmt: skip
     add("--train-on", metavar="FILE", help="stage one goes on from these weights, of the same depth and width")
-    add("--tap", nargs="+", metavar="LAYER", help="layers of the classifier that a fresh purifier sees, such as "
-        "init_conv (default: the paper's, table 5)")  # fmt: skip
+    add("--tap", nargs="+", metavar="LAYER", help="layers of the classifier that a fresh purifier sees: names, as "
+        "init_conv, or patterns, as 'layer.2.*', the last group (default: the paper's, table 5)")  # fmt: skip
     add("--trust-pickle", action="store_true", help="open such a file even if it runs code")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")

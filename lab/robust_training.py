@@ -4,6 +4,7 @@ Both are the same loop: attack the pictures against the network as it is, update
 as the result. The paper takes published classifiers, and leaves training end to end as future work.
 """
 
+import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -125,9 +126,12 @@ def load_classifier(weights: str, args, data: datasets.Dataset, p: Preset, ranks
 
 def untrained(classifier: WideResNet, shape, p: Preset, tap: list[str] | None) -> CARSO:
     """A fresh purifier around the classifier, for pictures of this shape (C, H, W). ValueError if a layer that it is to
-    see does not suit it."""
+    see does not suit it. tap: names of layers, or patterns such as layer.2.*, which stand for those of the paper's that
+    they match; None: all of the paper's."""
     sizes = dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim, decoder_width=p.decoder_width)
-    return build_carso(classifier, tap or representation_layers(classifier.config["depth"]), shape, p.samples, **sizes)
+    papers = representation_layers(classifier.config["depth"])
+    layers = [layer for name in tap or ["*"] for layer in fnmatch.filter(papers, name) or [name]]
+    return build_carso(classifier, list(dict.fromkeys(layers)), shape, p.samples, **sizes)
 
 
 def check_buildable(classifier: WideResNet | None, shape, p: Preset, tap: list[str] | None) -> None:

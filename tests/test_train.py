@@ -24,6 +24,7 @@ import train
 from attacks import adversarially_balanced_batch
 from lab.checkpoints import load_checkpoint
 from lab.presets import PRESETS
+from lab.robust_training import untrained
 from lab.start import out_of_memory
 from models import WideResNet, record, representation_layers
 from purifier import build_carso, vae_loss
@@ -285,6 +286,23 @@ def test_end_to_end_lowers_the_loss_under_attack(folder, monkeypatch, capsys):
     assert log[-1, 1] < log[0, 1] and log[-1, 2] < log[0, 2]
 
 
+@pytest.mark.parametrize(
+    "tap, layers",
+    [
+        (None, representation_layers(16)),
+        (["layer.2.*"], [name for name in representation_layers(16) if name.startswith("layer.2.")]),
+        (["*.shortcut", "init_conv"], ["layer.1.block.0.shortcut", "layer.2.block.0.shortcut", "init_conv"]),
+        (["*.block.0.conv_0", "layer.0.*"], [f"layer.{group}.block.0.conv_0" for group in range(3)]
+         + ["layer.0.block.0.conv_1", "layer.0.block.1.conv_0", "layer.0.block.1.conv_1"]),
+    ],
+)  # fmt: skip
+def test_a_pattern_stands_for_the_papers_layers_that_it_matches(tap, layers):
+    """Each of them once; a name that no pattern stands for is the module of that name."""
+    with torch.device("meta"):
+        carso = untrained(WideResNet(10, 16, 1), (3, 32, 32), PRESETS["digits"], tap)
+    assert carso.layers == layers
+
+
 @pytest.mark.parametrize("epochs, least", [(8, 0.95), (1, 1.0)])
 def test_forty_digits_train_with_no_other_option(tmp_path, monkeypatch, capsys, epochs, least):
     """A loss that falls, from batches of 16; even in one epoch, of three steps that RAdam takes at the first rate."""
@@ -453,6 +471,7 @@ def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, 
         (["--objective", "end-to-end", "--width", "2", "--samples", "3"], "--width and --samples: the checkpoint that"),
         (["--mirror", "true"], "goes with --augment true"),
         (["--tap", "init_conv", "layer.9"], "the classifier has no layer named layer.9"),
+        (["--tap", "layer.9.*"], "the classifier has no layer named layer.9.\\*"),
         (["--tap", "logits"], "layer 0 of the representation is .* tap an earlier layer"),
         (["--objective", "end-to-end", "--from", "scratch", "--tap", "logits"], "tap an earlier layer"),
         (["--tap", "init_conv", ""], "--tap is empty"),
