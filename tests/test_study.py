@@ -38,7 +38,7 @@ def study(tmp_path_factory):
 
 
 def test_it_is_what_one_can_walk_through_in_an_hour():
-    assert len(STUDY.splitlines()) <= 120
+    assert len(STUDY.splitlines()) <= 130
     assert len(TITLES) == len(BLOCKS)
     sections = [re.match(r"[\d.]+", title).group() for title in TITLES[1:]]
     assert sections == sorted(sections), "not in the paper's order"
@@ -169,3 +169,14 @@ def test_one_attack_stands_still_and_the_other_moves(study):
     loss = [F.cross_entropy(s.carso(a), s.y).item() for a in (s.naive, s.seen)]
     assert loss[1] > 2 * loss[0]
     assert (s.seen - s.x).abs().max() <= s.eps + 1e-6
+
+
+def test_layers_of_some_groups_are_those_of_the_attacked_picture(study):
+    s = study("5.3")
+    for groups in ("", "0", "12", "012"):
+        for name, given, clean, attacked in zip(s.carso.layers, s.mixed(groups), s.layers, s.attacked):
+            assert given is (attacked if name.split(".")[1] in groups else clean)
+            assert not torch.equal(clean, attacked)
+    torch.testing.assert_close(s.painted(""), s.carso.purify(s.x, s.z)[:, 0])
+    torch.testing.assert_close(s.painted("012"), s.carso.purify(s.seen, s.z)[:, 0])
+    assert [groups for groups, _ in ast.literal_eval(s.printed)] == ["0", "1", "2", "12"]
