@@ -313,6 +313,7 @@ def test_tf32_is_off_in_audit_and_scores(tiny_carso, tmp_path, monkeypatch):
         return real(self, *args)
 
     monkeypatch.setattr(Target, "draws", draws)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     e = evaluation(tiny_carso, tmp_path)
     audit(e)
     assert seen and not any(seen)
