@@ -1,5 +1,6 @@
 """Many processes as one: BatchNorm over the pictures of all ranks, random numbers that follow from the step."""
 
+import runpy
 import subprocess
 import sys
 
@@ -70,6 +71,14 @@ leave(130)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, " ".join(done.stdout.split())) == (130, said), done.stderr
+
+
+def test_that_is_how_training_ends(monkeypatch):
+    left = []
+    monkeypatch.setattr("lab.ranks.leave", left.append)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "0"])
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert left == [2]
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
