@@ -5,7 +5,7 @@
 
 Each argument is a folder that evaluate.py wrote. A picture counts with its worst attack, chosen on one set of draws and
 scored on another, as in report.md; several seeds are averaged picture by picture. Differences are to the first model;
-their 95 % intervals come from 10,000 bootstrap samples of the pictures.
+their 95 % intervals come from 10,000 bootstrap samples of the pictures, and of the seeds.
 """
 
 import argparse
@@ -82,7 +82,8 @@ def compare(groups: list[list[str]]) -> list[dict]:
     paired = len({len(group) for group in read_groups}) == 1
     for group in read_groups:
         for report, labels, _, _ in group:
-            for field in ("dataset", "n", "eps"):
+            known = "pictures" in report["config"] and "pictures" in first["config"]  # their fingerprints
+            for field in ("dataset", "n", "eps")[known:]:
                 if report[field] != first[field]:
                     raise ValueError(
                         f"{report['checkpoint']} was evaluated on {field!r}: {report[field]}, "
@@ -90,6 +91,8 @@ def compare(groups: list[list[str]]) -> list[dict]:
                     )
             if (labels != first_labels).any():
                 raise ValueError(f"{report['checkpoint']} was evaluated on other pictures: their labels differ")
+            if known and report["config"]["pictures"] != first["config"]["pictures"]:
+                raise ValueError(f"{report['checkpoint']} was evaluated on other pictures, or classes of other names")
         reports = [report for report, *_ in group]
         clean, worst = (np.stack([values[k] for values in group]) for k in (2, 3))
         base = [np.stack([values[k] for values in read_groups[0]]) for k in (2, 3)]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.audit import during_attacks, signs_of_masking
+from lab.compare import interval
 from lab.files import save_grid, write_text
 from lab.presets import budget_note, eps_text
 from lab.published import FIGURES
@@ -33,12 +34,6 @@ def summary(values: np.ndarray) -> dict:
     return {"accuracy": mean, "interval": wilson(mean, len(values))}
 
 
-def bootstrap(difference: np.ndarray, samples: int = 10_000, seed: int = 0) -> list[float]:
-    """95 % interval of the mean of paired differences (n,), resampling the pictures."""
-    draws = np.random.default_rng(seed).integers(0, len(difference), (samples, len(difference)))
-    return np.quantile(difference[draws].mean(1), [0.025, 0.975]).tolist()
-
-
 def resubmission(right: np.ndarray, times=(1, 10, 100)) -> dict[str, float]:
     """Accuracy when the attacker may submit the same picture r times and needs one success: for k of m draws right, the
     chance that r of them drawn without replacement are all right, C(k, r) / C(m, r); unbiased for r <= m."""
@@ -47,12 +42,14 @@ def resubmission(right: np.ndarray, times=(1, 10, 100)) -> dict[str, float]:
 
 
 def gather(e, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """All units of work put together: attack or headline -> arrays over the pictures, and sums of counts."""
+    """All units of work put together: attack or headline -> arrays over the pictures, and sums of counts. Of the
+    adversarial pictures themselves only the last name's: every attack's would be gigabytes."""
     table = {}
     for name in names:
         files = [e.read(name, start) for start in e.starts]
-        table[name] = {k: np.concatenate([f[k] for f in files]) for k, v in files[0].items() if v.ndim}
-        table[name] |= {k: float(sum(f[k] for f in files)) for k, v in files[0].items() if not v.ndim}
+        kept = [k for k in files[0] if k != "worst" or name == names[-1]]
+        table[name] = {k: np.concatenate([f[k] for f in files]) for k in kept if files[0][k].ndim}
+        table[name] |= {k: float(sum(f[k] for f in files)) for k in kept if not files[0][k].ndim}
     return table
 
 
@@ -83,12 +80,12 @@ def write(e, names: list[str], headline: str, audited: dict, skipped: list[str])
     }
     if not bare:
         result["reconstructions"] = {
-            "clean": reconstruction_quality(e, table["clean"]["worst"]),
+            "clean": reconstruction_quality(e),
             "attacked": reconstruction_quality(e, worst["worst"]),
         }
     if "standard" in names and not bare:
         difference = fresh.mean(1) - table["standard"]["hits"].mean(1)
-        result["to_classifier"] = {"difference": float(difference.mean()), "interval": bootstrap(difference)}
+        result["to_classifier"] = {"difference": float(difference.mean()), "interval": interval(difference[None])}
     messages = audited["messages"] + during_attacks(table)
     result["audit"] = {"passed": not messages, "messages": messages}
     result["audit"] |= {"notes": audited["notes"], "rows": audited["rows"]}
@@ -126,20 +123,23 @@ def attack_summary(e, name: str, t: dict) -> dict:
 
 
 @torch.no_grad()
-def reconstruction_quality(e, pictures: np.ndarray) -> dict:
-    """Are the members still the picture? bce: the mean over members and values of the binary cross-entropy towards the
-    clean picture (0.69 is a grey square's). judge: how many of them a second, independently trained classifier
-    labels correctly; None without --judge."""
+def reconstruction_quality(e, pictures: np.ndarray | None = None) -> dict:
+    """Are the members still the picture? Of the clean pictures, or of adversarial ones, (n, C, H, W). bce: the mean
+    over members and values of the binary cross-entropy towards the clean picture (0.69 is a grey square's). judge: how
+    many members a second, independently trained classifier labels correctly; None without --judge."""
     bce, right = [], []
     for start in e.starts:
         x, y = e.pictures(start)
-        given = torch.from_numpy(pictures[start : start + len(x)]).to(x)
+        given = x if pictures is None else torch.from_numpy(pictures[start : start + len(x)]).to(x)
         e.defence.manual_seed(start)
-        members = e.defence.purify(given, e.defence.draw(given, e.samples))  # (B, S, C, H, W)
-        bce.append(F.binary_cross_entropy(members, x[:, None].expand_as(members), reduction="none").flatten(1).mean(1))
-        if e.judge is not None:
-            answers = e.judge(members.flatten(0, 1)).argmax(1)
-            right.append((answers == y.repeat_interleave(e.samples)).float().unflatten(0, (len(x), -1)).mean(1))
+        z = e.defence.draw(given, e.samples)
+        for rows, _, _ in e.target(False, e.view).parts(len(x), 1):  # within the limit of memory
+            members = e.defence.purify(given[rows], z[rows])  # (b, S, C, H, W)
+            clean = x[rows, None].expand_as(members)
+            bce.append(F.binary_cross_entropy(members, clean, reduction="none").flatten(1).mean(1))
+            if e.judge is not None:
+                answers = e.judge(members.flatten(0, 1)).argmax(1).unflatten(0, members.shape[:2])
+                right.append((answers == y[rows, None]).float().mean(1))
     return {"bce": torch.cat(bce).mean().item(), "judge": torch.cat(right).mean().item() if right else None}
 
 

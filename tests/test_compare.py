@@ -68,6 +68,17 @@ def test_labels_that_differ_are_refused_and_unlike_budgets_are_named(tmp_path):
         compare.compare([[one], [two]])
 
 
+def test_pictures_are_the_same_by_their_fingerprint_not_by_the_name_of_the_data(tmp_path):
+    attack, seen, others = {"a": ([0], [0])}, {"pictures": "b1a2"}, {"pictures": "c3d4"}
+    one = evaluation(tmp_path / "one", [4], attack, config=seen)
+    elsewhere = evaluation(tmp_path / "elsewhere", [4], attack, config=seen, dataset="copy/d")
+    changed = evaluation(tmp_path / "changed", [4], attack, config=others)
+    older = evaluation(tmp_path / "older", [4], attack)
+    assert len(compare.compare([[one], [elsewhere]])) == len(compare.compare([[older], [changed]])) == 2
+    with pytest.raises(ValueError, match="changed was evaluated on other pictures"):
+        compare.compare([[one], [changed]])
+
+
 def test_a_choice_too_noisy_for_the_difference_is_named(tmp_path):
     attacks = {"a": (np.zeros(2), [4, 2])}
     one = evaluation(tmp_path / "one", [4, 4], {"a": (np.zeros(2), [4, 1])}, deterministic=True)

@@ -23,10 +23,11 @@ from evaluate import ATTACKS
 from lab.audit import audit, signs_in_sweep, signs_of_masking
 from lab.checkpoints import load_checkpoint, save_checkpoint
 from lab.presets import BUDGETS, Budget, reduced
-from lab.report import resubmission, wilson
+from lab.report import reconstruction_quality, resubmission, wilson
 from lab.suite import CONTROLS, with_fixed_z, without_condition
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, naive_log_odds, reseed, seed_for, sum_of_exponentials
 from lab.units import Evaluation
+from purifier import Purifier
 
 TINY = (
     "--pictures 6 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 3 --device cpu "
@@ -308,6 +309,22 @@ def test_a_bare_classifier_is_evaluated_like_a_defence(folder, monkeypatch, caps
             (carso.classifier(members.flatten(0, 1)).argmax(1) == y.repeat_interleave(2)).float().mean().item()
         )
     assert quality == {"bce": pytest.approx(np.mean(bce)), "judge": pytest.approx(np.mean(right))}
+
+
+def test_reconstructions_are_judged_within_the_limit_and_alike_for_any(tiny_carso, monkeypatch):
+    """A whole chunk's members at once are more than a GPU holds at WRN-28-10, where the judge is one."""
+    seen, labels = [], torch.zeros(7, dtype=torch.int64)
+    monkeypatch.setattr(Purifier, "decode", lambda self, *given, decode=Purifier.decode: (
+        seen.append(len(given[0])) or decode(self, *given)))  # fmt: skip
+    found = []
+    for limit in (1024, 5):
+        config, budget = {"eps": 0.2, "samples": 2, "aggregation": "robust", "view": "logsumexp"}, Budget(chunk=7)
+        images = torch.arange(7 * 1024).remainder(256).to(torch.uint8).view(7, 1, 32, 32)
+        e = Evaluation(tiny_carso, images, labels, config, budget, None, "cpu", limit, ATTACKS)
+        e.judge, seen[:] = tiny_carso.classifier, []
+        found.append(reconstruction_quality(e, e.pictures(0)[0].numpy()))
+        assert max(seen) <= limit and sum(seen) == 14
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_the_authors_defence_from_its_four_files(folder, reference_carso):

@@ -65,7 +65,7 @@ def test_a_file_is_read_in_one_sitting(name):
 
 def test_the_readme_is_true():
     readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) <= 200
+    assert len(readme.splitlines()) < 200
     assert presets.table() in readme, "python -m lab.presets prints the table that belongs there"
     sizes = {path: int(lines) for path, lines in re.findall(r"^\| \[(.*?\.py)\]\(.*?\) \| (\d+) \|", readme, re.M)}
     ours = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES.values()}
