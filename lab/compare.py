@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.files import read_json, read_rows
+from lab.report import interval
 
 COLUMNS = {"picture": (0, 1e9), "label": (0, 1e9), "select": (0, 1)}
 FIELDS = dict(checkpoint=str, dataset=str, n=int, eps=(int, float), counted=list, robust=dict, audit=dict, config=dict)
@@ -60,17 +61,6 @@ def read(folder) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
     if np.isnan(right["clean"]).any() or np.isnan(right["worst"]).any():
         raise ValueError(f"{folder}/rows.tsv lacks pictures of the {report['n']} that report.json names: is it whole?")
     return report, labels, right["clean"], right["worst"]
-
-
-def interval(difference: np.ndarray, samples: int = 10_000) -> list[float]:
-    """95 % interval of the mean of paired differences (seeds, n), resampling the seeds and the pictures."""
-    rng = np.random.default_rng(0)
-    seeds, n = difference.shape
-    means = np.empty(samples)
-    for k in range(samples):
-        chosen = difference[rng.integers(0, seeds, seeds)] if seeds > 1 else difference
-        means[k] = chosen.mean(0)[rng.integers(0, n, n)].mean()
-    return np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def compare(groups: list[list[str]]) -> list[dict]:

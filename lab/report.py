@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from lab.audit import during_attacks, signs_of_masking
-from lab.compare import interval
 from lab.files import save_grid, write_text
 from lab.presets import budget_note, eps_text
 from lab.published import FIGURES
@@ -32,6 +31,17 @@ def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
 def summary(values: np.ndarray) -> dict:
     mean = float(np.mean(values))
     return {"accuracy": mean, "interval": wilson(mean, len(values))}
+
+
+def interval(difference: np.ndarray, samples: int = 10_000) -> list[float]:
+    """95 % interval of the mean of paired differences (seeds, n), resampling the seeds and the pictures."""
+    rng = np.random.default_rng(0)
+    seeds, n = difference.shape
+    means = np.empty(samples)
+    for k in range(samples):
+        chosen = difference[rng.integers(0, seeds, seeds)] if seeds > 1 else difference
+        means[k] = chosen.mean(0)[rng.integers(0, n, n)].mean()
+    return np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def resubmission(right: np.ndarray, times=(1, 10, 100)) -> dict[str, float]:
