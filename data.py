@@ -291,7 +291,8 @@ def _to_uint8(images, what: str) -> torch.Tensor:
                 f"{what} are floats outside [0, 1] ({images.min():.3g} to {images.max():.3g}); give raw pixels, "
                 "not normalised ones"
             )
-        images = np.rint(images.astype(np.float64) * 255).astype(np.uint8)
+        parts = np.array_split(images, len(images) // 1024 + 1)  # or the whole set would stand there in float64
+        images = np.concatenate([np.rint(part.astype(np.float64) * 255).astype(np.uint8) for part in parts])
     if images.dtype != np.uint8:
         raise ValueError(f"{what} should be uint8 pixels, not {images.dtype}")
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
