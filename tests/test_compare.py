@@ -47,6 +47,18 @@ def test_pairs_and_seeds(tmp_path):
     assert both["robust_difference"][0] == pytest.approx(difference.mean() / 2)
 
 
+def test_seeds_are_paired_where_there_are_as_many_and_one_failed_audit_fails_the_row(tmp_path):
+    def seed(name, right, **report):
+        return evaluation(tmp_path / name, [4] * 50, {"a": (np.zeros(50), [right] * 50)}, **report)
+
+    first = [seed("one-0", 0), seed("one-1", 0)]
+    second = [seed("two-0", 4), seed("two-1", 0, audit={"passed": False})]  # all depends on the seed
+    row = compare.compare([first, second])[1]
+    assert row["robust_difference"] == [0.5, 0.0, 1.0] and not row["audit"]
+    unlike = compare.compare([first[:1], second])[1]  # averaged over the seeds, as no two belong together
+    assert unlike["robust_difference"] == [0.5, 0.5, 0.5]
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, capsys):
     one = evaluation(tmp_path / "one", [4], {"a": ([0], [0])})
     other = evaluation(tmp_path / "other", [4], {"a": ([0], [0])}, eps=0.1)
