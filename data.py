@@ -192,7 +192,8 @@ def _read_npz(path: Path, keys) -> dict[str, np.ndarray]:
                 raise LookupError(f"{', '.join(strange)} is no array")
             return arrays
     except Exception as error:  # an .npy under this name, a broken zip, objects: numpy raises anything
-        error = "it holds something else, or objects" if "pickle" in str(error) else error  # numpy advises to run them
+        if isinstance(error, ValueError) and "pickle" in str(error):  # numpy's advice to run what is in it
+            error = "it holds something else, or objects"
         raise ValueError(f"{path} is not an .npz of plain arrays with MedMNIST's keys, or not whole: {error}") from None
 
 

@@ -73,7 +73,7 @@ def compare(groups: list[list[str]]) -> list[dict]:
     for group in read_groups:
         for report, labels, _, _ in group:
             known = "pictures" in report["config"] and "pictures" in first["config"]  # their fingerprints
-            for field in ("dataset", "n", "eps")[known:]:
+            for field in ("n", "eps") if known else ("dataset", "n", "eps"):
                 if report[field] != first[field]:
                     raise ValueError(
                         f"{report['checkpoint']} was evaluated on {field!r}: {report[field]}, "

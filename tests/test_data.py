@@ -109,6 +109,9 @@ def test_npz_that_is_no_npz_or_would_run_code(tmp_path):
         with pytest.raises(ValueError, match="not an .npz of plain arrays") as refused:
             data.load(tmp_path / name)
         assert "pickle" not in str(refused.value), "no advice to run it"
+    np.savez(tmp_path / "other.npz", pickles=np.zeros(3))
+    with pytest.raises(ValueError, match="it lacks train_images.*it holds pickles"):
+        data.load(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("name, sentence", [("cifar11", "no data set cifar11"), ("nowhere/x.npz", "no file")])
@@ -622,7 +625,7 @@ def test_augment_equals_slicing(mirrored):
         assert torch.equal(ours[i], crop.flip(2) if mirrored and mirror >= 0.5 else crop)
 
 
-def test_floats_become_bytes_without_a_second_copy_of_all(tmp_path):
+def test_floats_become_bytes_without_a_second_copy_of_all():
     """60,000 pictures of 64x64 as float32 are 3 GB: a copy in float64 would be more than many a machine has left."""
     images = np.linspace(0, 1, 4096 * 32 * 32, dtype=np.float32).reshape(4096, 32, 32)
     tracemalloc.start()

@@ -14,14 +14,13 @@ from test_evaluate import Around
 from test_train import here, refusal
 
 import evaluate
-import lab.race
 from evaluate import ATTACKS
 from lab.audit import audit
 from lab.checkpoints import load_checkpoint, save_checkpoint
 from lab.files import claim
 from lab.presets import Budget
 from lab.race import least, lost, race
-from lab.report import in_words
+from lab.report import gather, in_words
 from lab.suite import Attack, alone
 from lab.target import Target, climb, hits
 from lab.units import Evaluation
@@ -113,7 +112,7 @@ def test_the_race_flatters_less_than_few_draws_and_brackets_the_truth():
 
 def test_a_candidate_that_chance_may_have_put_behind_stays_in_the_race(monkeypatch):
     answers = torch.tensor([[1.0] * 2 + [0] * 18, [1.0] + [0] * 4 + [1] * 15])  # the first is the worse one
-    monkeypatch.setattr(lab.race, "some_draws", lambda target, x, of, y, z, first, last: (
+    monkeypatch.setattr("lab.race.some_draws", lambda target, x, of, y, z, first, last: (
         answers[x.flatten().long(), first:last].sum(1)))  # fmt: skip
     x, of = torch.arange(2.0).view(-1, 1, 1, 1), torch.zeros(2, dtype=torch.long)
     right, running = race(None, x, of, torch.zeros(1), None, 20)
@@ -210,6 +209,8 @@ def test_a_candidate_equal_to_the_picture_is_no_attack(tiny_carso, tmp_path):
     e.run([headline], over=counted)
     with np.load(e.file("nothing", 0)) as unit, np.load(e.file(headline, 0)) as chosen:
         assert not unit["found"].any() and not (chosen["attack"] == 2).any()
+    table = gather(e, ["clean", "noise", "nothing", headline])
+    assert [name for name in table if "worst" in table[name]] == [headline], "every attack's would be gigabytes"
 
 
 def test_the_points_of_the_largest_loss_are_candidates_of_rand(tiny_carso, tmp_path):
