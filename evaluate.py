@@ -38,7 +38,7 @@ from lab.files import check_config, write_text
 from lab.foreign import check_answers, load_function
 from lab.presets import BUDGETS, Budget, add_options, check_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
-from lab.start import launched, out_of_memory, usable
+from lab.start import launched, out_of_memory, start_device
 from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found, remember_best
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, differentiable
 from lab.units import UNITS, Evaluation
@@ -136,7 +136,7 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
 def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
     """Everything that can be refused is refused here, with ValueError or OSError."""
     check_options(args)
-    usable(args.device)
+    start_device(args.device)
     if args.control and not args.ckpt:
         raise ValueError("--control needs --ckpt")
     model, state, data, source = load_model(args)

@@ -30,7 +30,7 @@ from lab.published import CLASSIFIERS, names_of
 from lab.ranks import keep_freed_memory, leave, start_ranks
 from lab.robust_training import check_buildable, load_classifier, stage_one, train_end_to_end, untrained
 from lab.run import DECIDED, Run, Stopped, drawing, fingerprint, finish, load_data
-from lab.start import launched, out_of_memory, usable
+from lab.start import launched, out_of_memory, start_device
 from purifier import CARSO, vae_loss
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
@@ -236,7 +236,7 @@ def main() -> int:
     keep_freed_memory()
     try:
         launched()
-        usable(args.device)
+        start_device(args.device)
         ranks = start_ranks(args.device)
         p, name = prepare(args)
         folder = Path("runs") / name

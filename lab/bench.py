@@ -27,7 +27,7 @@ from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, fgsm, o
 from lab.plan import count_flop
 from lab.presets import COUNT, DEPTH, PAPER, POSITIVE, PRESETS, Preset, check_bounds
 from lab.ranks import keep_freed_memory
-from lab.start import out_of_memory, usable
+from lab.start import out_of_memory, start_device
 from lab.target import Target, climb
 from models import Norm, WideResNet, record, representation_layers
 from purifier import CARSO, build_carso, vae_loss
@@ -265,7 +265,7 @@ def prepare(args) -> tuple[CARSO, torch.Tensor, torch.Tensor]:
     for name, bounds in BOUNDS.items():
         if (value := getattr(args, name)) is not None:
             check_bounds("--" + name.replace("_", "-"), value, bounds)
-    usable(args.device)
+    start_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
     p = PRESETS[args.preset] if args.preset else dataclasses.replace(PAPER, depth=10, width=2)

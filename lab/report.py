@@ -16,7 +16,7 @@ from lab.audit import during_attacks, signs_of_masking
 from lab.files import save_grid, write_text
 from lab.presets import budget_note, eps_text
 from lab.published import FIGURES
-from lab.target import Target, hits
+from lab.target import Target, full_precision, hits
 from lab.units import CONTROLS
 
 
@@ -63,6 +63,7 @@ def gather(e, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
     return table
 
 
+@full_precision()
 def write(e, names: list[str], headline: str, audited: dict, skipped: list[str]) -> dict:
     """report.json, report.md, rows.tsv and samples.png from the units of work. names: the finished attacks; headline:
     the name of the units that chose among them. Returns what report.json holds."""

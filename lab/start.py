@@ -32,8 +32,10 @@ def out_of_memory(error: Exception) -> bool:
     return known or "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
-def usable(device: str | None) -> None:
-    """ValueError if nothing can be computed on this device here; None is left to the caller."""
+def start_device(device: str | None) -> None:
+    """Before anything is computed: ValueError if nothing can be on this device here (None is left to the caller), and
+    cuDNN is told to repeat itself, so that on a GPU, too, what was stopped ends as if it had not been."""
+    torch.backends.cudnn.deterministic = True
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # its own, or every process would take memory of the first
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

@@ -1,6 +1,7 @@
 """Shared by all tests: weights by formula, the golden files, tiny models."""
 
 import math
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+DEVICE = os.environ.get("CARSO_DEVICE", "cpu")  # where the real scripts run
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and lose much where other programs run
 

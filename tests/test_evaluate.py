@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import fresh_carso
+from conftest import DEVICE, fresh_carso
 from test_purifier import published_folder
 from test_train import command, here, refusal, run
 from torch.nn.functional import binary_cross_entropy, one_hot
@@ -25,13 +25,23 @@ from lab.checkpoints import load_checkpoint, save_checkpoint
 from lab.presets import BUDGETS, Budget, reduced
 from lab.report import reconstruction_quality, resubmission, wilson
 from lab.suite import CONTROLS, with_fixed_z, without_condition
-from lab.target import AGGREGATIONS, VIEWS, Target, climb, naive_log_odds, reseed, seed_for, sum_of_exponentials
+from lab.target import (
+    AGGREGATIONS,
+    VIEWS,
+    Target,
+    climb,
+    full_precision,
+    naive_log_odds,
+    reseed,
+    seed_for,
+    sum_of_exponentials,
+)
 from lab.units import Evaluation
 from purifier import Purifier
 
 TINY = (
-    "--pictures 6 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 3 --device cpu "
-    "--attack standard rand"
+    "--pictures 6 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 3 "
+    f"--device {DEVICE} --attack standard rand"
 ).split()
 
 
@@ -299,15 +309,16 @@ def test_a_bare_classifier_is_evaluated_like_a_defence(folder, monkeypatch, caps
     report = json.loads((folder / "judged" / "report.json").read_text())
     assert report["config"]["own_answer"] == 0.7
     quality = report["reconstructions"]["clean"]
-    data, bce, right = load("digits", "data"), [], []
+    data, bce, right, carso = load("digits", "data"), [], [], carso.to(DEVICE)
     for start in (0, 3):  # the chunks, as evaluate.py seeds them
-        x, y = data.test_images[start : start + 3] / 255, data.test_labels[start : start + 3]
+        rows = slice(start, start + 3)
+        x, y = (data.test_images[rows] / 255).to(DEVICE), data.test_labels[rows].to(DEVICE)
         carso.manual_seed(start)
-        members = carso.purify(x, carso.draw(x, 2))
+        with full_precision():
+            members = carso.purify(x, carso.draw(x, 2))
+            answers = carso.classifier(members.flatten(0, 1)).argmax(1)
         bce.append(binary_cross_entropy(members, x[:, None].expand_as(members)).item())
-        right.append(
-            (carso.classifier(members.flatten(0, 1)).argmax(1) == y.repeat_interleave(2)).float().mean().item()
-        )
+        right.append((answers == y.repeat_interleave(2)).float().mean().item())
     assert quality == {"bce": pytest.approx(np.mean(bce)), "judge": pytest.approx(np.mean(right))}
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fresh_carso
+from conftest import DEVICE, ROOT, fresh_carso
 from test_evaluate import Around
 from test_train import here, refusal
 
@@ -20,13 +20,13 @@ from lab.checkpoints import load_checkpoint, save_checkpoint
 from lab.files import claim
 from lab.presets import Budget
 from lab.race import least, lost, race
-from lab.report import gather, in_words
+from lab.report import gather, in_words, write
 from lab.suite import Attack, alone
 from lab.target import Target, climb, hits
 from lab.units import Evaluation
 
 BUDGET = Budget(n=4, steps=2, eot=2, pgd_steps=2, queries=3, targets=2, select=4, draws=3, chunk=2)
-TINY = "--steps 1 --eot 1 --queries 3 --targets 1 --select 3 --draws 3 --chunk 3 --device cpu".split()
+TINY = f"--steps 1 --eot 1 --queries 3 --targets 1 --select 3 --draws 3 --chunk 3 --device {DEVICE}".split()
 
 
 def evaluation(model, folder=None, budget=BUDGET, attacks=ATTACKS, n=4, classes=5, **config) -> Evaluation:
@@ -274,7 +274,8 @@ def test_a_model_that_float64_does_not_fit_is_audited_all_the_same(tiny_carso):
 def test_a_model_outside_autograd_is_evaluated_and_fails_the_audit(folder, monkeypatch, capsys):
     (folder / "outside.py").write_text(
         "import numpy as np, torch\n\nclass Outside(torch.nn.Module):\n    def forward(self, x):\n"
-        "        means = x.numpy().reshape(len(x), 16, -1)[:, :10].mean(2)\n        return torch.from_numpy(means)\n\n"
+        "        means = x.cpu().numpy().reshape(len(x), 16, -1)[:, :10].mean(2)\n"
+        "        return torch.from_numpy(means).to(x.device)\n\n"
         "def build():\n    return Outside()\n"
     )
     options = ["--model", "outside.py:build", "--dataset", "d.npz", *TINY, "--pictures", "3", "--out", "outside"]
@@ -327,7 +328,7 @@ def test_pieces_give_the_same_answers_and_gradients(tiny_carso):
         assert (gradient - results[0][1]).norm() < 1e-3 * gradient.norm()
 
 
-def test_tf32_is_off_in_audit_and_scores(tiny_carso, tmp_path, monkeypatch):
+def test_tf32_is_off_in_audit_scores_and_report(tiny_carso, tmp_path, monkeypatch):
     seen, real = [], Target.draws
 
     def draws(self, *args):
@@ -336,11 +337,17 @@ def test_tf32_is_off_in_audit_and_scores(tiny_carso, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Target, "draws", draws)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    e = evaluation(tiny_carso, tmp_path)
-    audit(e)
+    e = evaluation(tiny_carso, tmp_path, checkpoint="c", dataset="d", weights="w", search_precision="fp32")
+    audited = audit(e)
     assert seen and not any(seen)
     e.attack("apgd-ce", 0)
     assert seen[-1] is False and torch.backends.cudnn.allow_tf32
+    e.run(names := ["clean", "noise"])
+    headline, counted = e.headline_of(names)
+    e.run([headline], over=counted)
+    seen.clear()
+    write(e, names, headline, audited, [])
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
 
 
 def test_counters_stay_on_the_device(tiny_carso):

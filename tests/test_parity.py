@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import fill, formula_classifier, fresh_carso, picture, reference_name, uniform
+from conftest import DEVICE, fill, formula_classifier, fresh_carso, picture, reference_name, uniform
 from safetensors.torch import save_file
 from test_models import public_weights
 from test_purifier import published_folder
@@ -29,7 +29,9 @@ from lab.ranks import Ranks
 from models import WideResNet, representation_layers
 from purifier import CARSO, build_carso
 
-ATTACKING = "--pictures 4 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 2 --device cpu".split()
+ATTACKING = (
+    f"--pictures 4 --steps 2 --eot 2 --queries 3 --targets 2 --select 2 --draws 3 --chunk 2 --device {DEVICE}".split()
+)
 
 
 def other_classifier(seed=1, classes=5):

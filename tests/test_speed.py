@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import fresh_carso
+from conftest import DEVICE, fresh_carso
 from test_train import here
 from torch import nn
 from torch.testing import assert_close
@@ -143,7 +143,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-SMALL = "--pictures 4 --steps 1 --eot 2 --queries 2 --targets 2 --select 1 --draws 2 --chunk 4 --device cpu".split()
+SMALL = (
+    f"--pictures 4 --steps 1 --eot 2 --queries 2 --targets 2 --select 1 --draws 2 --chunk 4 --device {DEVICE}".split()
+)
 
 
 def test_the_report_names_the_precision_and_work_cannot_mix(folder, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden, uniform
+from conftest import DEVICE, ROOT, golden, uniform
 from torch import nn
 from torch.testing import assert_close
 
@@ -92,7 +92,7 @@ def test_schedules_move_by_step_where_an_epoch_is_short():
 
 BUDGET = (
     "--preset digits --epochs 3 --batch-size 9 --classifier-epochs 1 --classifier-batch-size 24 --attack-steps 2 "
-    "--classifier-attack-steps 1 --device cpu"
+    f"--classifier-attack-steps 1 --device {DEVICE}"
 ).split()
 TINY = [*BUDGET, *"--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2".split()]
 # The scripts run in one thread: with another number sums round in another order, and many processes share two cores.
@@ -100,6 +100,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def command(folder, *options, ranks=1, script="train.py"):
+    if DEVICE == "cuda" and ranks > torch.cuda.device_count():
+        pytest.skip(f"{ranks} processes want a GPU each")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return dict(
         args=[sys.executable, *launcher, str(ROOT / script), *map(str, options)],
@@ -191,13 +193,16 @@ def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how, monkey
         assert "--batch-size 9 over 2 processes" in output
     else:
         here(train, folder, [*calm, "--name", how, "--micro-batch", "4"], monkeypatch, capsys)
-    same_weights(folder, "calm", how, rtol=1e-3, atol=1e-3)
+    close = 5e-3 if DEVICE == "cuda" else 1e-3  # TF32, PyTorch's default for convolutions, has 10 bits
+    same_weights(folder, "calm", how, rtol=close, atol=close)
     one, other = (np.loadtxt(folder / "runs" / name / "log.tsv", skiprows=1) for name in ("calm", how))
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage, how", [("classifier", signal.SIGTERM), ("purifier", signal.SIGKILL)])
 def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stage, how):
+    if DEVICE == "cuda" and stage == "classifier":
+        pytest.skip("a GPU is looked at every ten steps, and has done the three of this stage by then")
     name = f"{stage}-{how.name}"
     options = ("--dataset", "tiny.npz", "--name", name, *TINY, "--save-every", "0")
     process = subprocess.Popen(**command(folder, *options))
@@ -310,7 +315,7 @@ def test_forty_digits_train_with_no_other_option(tmp_path, monkeypatch, capsys, 
     images, labels = digits.train_images[:40, 0].numpy(), digits.train_labels[:40].numpy()
     np.savez(tmp_path / "few.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     options = ["--dataset", "few.npz", "--preset", "digits", "--epochs", epochs, "--classifier-epochs", "1"]
-    output = here(train, tmp_path, [*options, "--device", "cpu"], monkeypatch, capsys)
+    output = here(train, tmp_path, [*options, "--device", DEVICE], monkeypatch, capsys)
     assert "in batches of 16" in output and "--batch-size 16 instead of 64" in output
     bce = np.atleast_2d(np.loadtxt(tmp_path / "runs" / "few" / "log.tsv", skiprows=1))[:, 2]
     assert bce[-1] <= least * bce[0] < 1000
@@ -340,11 +345,11 @@ def test_grey_pictures_of_two_classes_from_training_to_report(tmp_path, monkeypa
     splits = {"train": slice(48), "val": slice(48, 54), "test": slice(54, 60)}
     arrays = {f"{s}_{k}": a[rows] for s, rows in splits.items() for k, a in (("images", images), ("labels", labels))}
     np.savez(tmp_path / "mnist.npz", **arrays)
-    sizes = "--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2 --depth 10 --width 1 --device cpu".split()
+    sizes = "--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2 --depth 10 --width 1".split()
     budget = "--epochs 2 --classifier-epochs 1 --attack-steps 1 --classifier-attack-steps 1 --eps 0.05".split()
-    options = ["--dataset", "mnist.npz", "--preset", "cifar10", *sizes, *budget]
+    options = ["--dataset", "mnist.npz", "--preset", "cifar10", *sizes, *budget, "--device", DEVICE]
     assert "resized from 28x28 to 32x32" in here(train, tmp_path, options, monkeypatch, capsys)
-    options = "--ckpt runs/mnist/carso.pt --out report --steps 1 --eot 1 --draws 2 --device cpu --attack apgd"
+    options = f"--ckpt runs/mnist/carso.pt --out report --steps 1 --eot 1 --draws 2 --device {DEVICE} --attack apgd"
     here(evaluate, tmp_path, options.split(), monkeypatch, capsys)
     assert json.loads((tmp_path / "report" / "report.json").read_text())["n"] == 6
 
@@ -447,7 +452,7 @@ def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, 
     assert not (folder / "runs" / "stages" / "carso.pt").exists()
     assert "evaluate.py --ckpt runs/stages/classifier.pt --dataset tiny.npz --eps 0.2" in output
     here(train, folder, options, monkeypatch, capsys)
-    kept = torch.load(folder / "runs" / "stages" / "classifier.pt", weights_only=True)["state_dict"]
+    kept = torch.load(folder / "runs" / "stages" / "classifier.pt", "cpu", weights_only=True)["state_dict"]
     for key, tensor in load_checkpoint(folder / "runs" / "stages" / "carso.pt")[0].classifier.state_dict().items():
         assert torch.equal(tensor, kept[key]), key  # stage two took the classifier of stage one
 
