@@ -193,7 +193,7 @@ def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how, monkey
         assert "--batch-size 9 over 2 processes" in output
     else:
         here(train, folder, [*calm, "--name", how, "--micro-batch", "4"], monkeypatch, capsys)
-    close = 5e-3 if DEVICE == "cuda" else 1e-3  # TF32, PyTorch's default for convolutions, has 10 bits
+    close = 5e-3 if DEVICE == "cuda" else 1e-3  # there convolutions are in TF32 by default
     same_weights(folder, "calm", how, rtol=close, atol=close)
     one, other = (np.loadtxt(folder / "runs" / name / "log.tsv", skiprows=1) for name in ("calm", how))
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
