@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.files import download, md5, write_npz
+from lab.files import download, lock, md5, write_npz
 from lab.pictures import is_tinyimagenet, read_folder, read_tinyimagenet, side
 
 NORMALISATION = {  # mean and standard deviation of the training pixels (paper, section 5.1)
@@ -142,12 +142,13 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     reader, arrays = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name], {}
     for split in ("train", "test"):
         try:
-            part = reader(str(data_dir), train=split == "train", download=True)  # verifies every file's md5
-        except (OSError, RuntimeError) as error:
-            archive = reader.url.rsplit("/", 1)[-1]
-            raise OSError(
-                f"{name} could not be downloaded ({error}); put {archive} from {reader.url} into {data_dir}"
-            ) from None
+            part = reader(str(data_dir), train=split == "train")  # verifies every file's md5
+        except RuntimeError:  # they are not all there, or not whole
+            archive = data_dir / reader.filename
+            download(reader.url, archive, reader.tgz_md5)
+            with open(archive, "rb") as held:
+                lock(held, wait=True)  # of many processes one unpacks
+                part = reader(str(data_dir), train=split == "train", download=True)
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = part.data, part.targets
     return _dataset(name, arrays, part.classes)
 

@@ -250,7 +250,7 @@ def run(e: Evaluation, args, names: list[str], skipped: list[str], rank: int) ->
     if rank > 0:
         return None
     result = report.write(e, names, headline, audited, skipped)
-    print((e.folder / "report.md").read_text())
+    print((e.folder / "report.md").read_text(encoding="utf-8"))
     print(report.in_words(result))
     print(f"written to {e.folder}")
     return result
@@ -265,7 +265,7 @@ def evaluate(args: argparse.Namespace) -> int:
     for view in ("naive-odds", "logsumexp") if both else (args.view,):
         try:
             rank, _ = launched()
-            if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+            if args.device == "cuda" and os.environ.get("LOCAL_RANK"):
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(args.device)
             args.out = str(Path(out) / view) if both and out else out
@@ -292,6 +292,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that no terminal can show
     keep_freed_memory()
     try:
         return evaluate(args)

@@ -6,9 +6,9 @@
     torchrun --nproc_per_node=8 train.py --dataset cifar10             # the paper's scenario a on one node
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --dataset cifar10
 
-Everything lands in runs/NAME: carso.pt (all that evaluate.py needs), log.tsv (means over the epoch and all ranks),
-reconstructions.png (clean | attacked | reconstructions), classifier.pt, config.json. The same command goes on where it
-was stopped.
+Everything lands in runs/NAME: carso.pt (all that evaluate.py needs), log.tsv and log-STAGE.tsv (means over the epoch
+and all ranks), reconstructions.png (clean | attacked | reconstructions), classifier.pt, config.json. The same command
+goes on where it was stopped.
 
 Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D condition.
 """
@@ -25,11 +25,11 @@ from torch import nn
 import data as datasets
 from lab.checkpoints import fingerprint_of, load_checkpoint, load_start
 from lab.perturb import perturbing, recorded
-from lab.presets import PAPER, PRESETS, Preset, add_options, check_options, choose_preset
+from lab.presets import PAPER, PRESETS, Preset, add_options, check_options, choose_preset, eps_text
 from lab.published import CLASSIFIERS, names_of
 from lab.ranks import keep_freed_memory, leave, start_ranks
 from lab.robust_training import check_buildable, load_classifier, stage_one, train_end_to_end, untrained
-from lab.run import DECIDED, Run, Stopped, drawing, fingerprint, finish, load_data
+from lab.run import DECIDED, Run, Stopped, drawing, finish, load_data, training_fingerprint
 from lab.start import launched, out_of_memory, start_device
 from purifier import CARSO, vae_loss
 
@@ -154,13 +154,13 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
                   drawing(run, carso, data, p, p.epochs))  # fmt: skip
     lookahead.finish()
 
-    def once_through_the_training_set():
-        first = 0
-        for number, indices in enumerate(datasets.batches(count, p.batch_size, run.config["seed"], p.epochs)):
-            forward("batchnorm", 0, number, indices, first)
-            first += len(indices)
+    def look(epoch, number, indices, first):
+        clean, reconstruction, mu, logvar = forward("batchnorm", epoch, number, indices, first)
+        return torch.stack(vae_loss(reconstruction, clean, mu, logvar, 1.0))
 
-    refresh_batchnorm(purifier, once_through_the_training_set)
+    with run.stopping_gently():
+        refresh_batchnorm(purifier, lambda: run.train("batchnorm", 1, count, p.batch_size, {"purifier": purifier},
+                                                      ("loss", "bce", "kld"), look))  # fmt: skip
     carso.eval()
 
 
@@ -186,7 +186,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--train-on", metavar="FILE", help="stage one goes on from these weights, of the same depth and width")
     add("--tap", nargs="+", metavar="LAYER", help="layers of the classifier that a fresh purifier sees: names, as "
         "init_conv, or patterns, as 'layer.2.*', the last group (default: the paper's, table 5)")  # fmt: skip
-    add("--trust-pickle", action="store_true", help="open such a file even if it runs code")
+    add("--trust-pickle", action="store_true", help="open a file of weights even if that runs code from it")
     add("--seed", type=int, default=0)
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--micro-batch", type=int, help="to save memory: attacks and representations so many pictures at a time, the "
@@ -202,8 +202,10 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     p = choose_preset(args.preset or (args.dataset if args.dataset in PRESETS else "cifar10"), args)
     fresh = args.objective == "paper" or args.start == "scratch"
     decided = ["--" + name.replace("_", "-") for name in DECIDED if getattr(args, name) is not None]
+    stem = Path(args.dataset).resolve().stem
+    name = args.name or (f"{stem}-end-to-end" if args.objective == "end-to-end" else stem)
     for refused, sentence in (
-        (args.name and Path().resolve() / "runs" not in (Path("runs") / args.name).resolve().parents,
+        (Path().resolve() / "runs" not in (Path("runs") / name).resolve().parents,
          "--name is that of a folder under runs/"),
         (args.objective == "paper" and args.start, "--from goes with --objective end-to-end"),
         (not fresh and args.classifier, "--classifier goes with --from scratch; else the checkpoint's own is used"),
@@ -221,18 +223,18 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     ):  # fmt: skip
         if refused:
             raise ValueError(sentence)
-    stem = Path(args.dataset).stem
     if args.objective == "end-to-end":
         args.start = args.start or str(Path("runs") / stem / "carso.pt")
     if args.classifier is None:
         as_published = args.dataset in CLASSIFIERS and (p.depth, p.width) == (PAPER.depth, PAPER.width)
         trained = args.train_on or args.stage == "classifier"
         args.classifier = "published" if as_published and not trained else "train"
-    return p, args.name or (f"{stem}-end-to-end" if args.objective == "end-to-end" else stem)
+    return p, name
 
 
 def main() -> int:
     args = parse_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that no terminal can show
     keep_freed_memory()
     try:
         launched()
@@ -247,7 +249,7 @@ def main() -> int:
         if args.start not in (None, "scratch"):
             config = {k: v for k, v in config.items() if k not in DECIDED}
         run, done = Run(folder, config, ranks, 60 * args.save_every), ranks.agree((folder / "carso.pt").is_file())
-        run.settle(done, format=2, data=fingerprint(data))
+        run.settle(done, format=2, data=training_fingerprint(data))
         if done:
             if ranks.first:
                 load_checkpoint(folder / "carso.pt")
@@ -276,14 +278,13 @@ def main() -> int:
         if start is None and (classifier is None or args.train_on):
             classifier = stage_one(run, data, p, classifier, args.micro_batch)
         if args.stage == "classifier":
-            run.say(
-                f"now: python evaluate.py --ckpt {folder / 'classifier.pt'} --dataset {args.dataset} --eps {p.eps:g}"
-            )
+            weights = folder / "classifier.pt"
+            run.say(f"now: python evaluate.py --ckpt {weights} --dataset {args.dataset} --eps {eps_text(p.eps)}")
             return 0
         if start is None:  # an untrained purifier around the classifier
             torch.manual_seed(args.seed)
             start = untrained(classifier, shape, p, args.tap).to(ranks.device)
-        start.final = start.final if final is None else final
+        start.final = start.final if final is None else final.requires_grad_(False)
         if args.objective == "end-to-end":
             train_end_to_end(run, data, start, p, args.micro_batch)
         else:

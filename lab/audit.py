@@ -14,6 +14,7 @@ import data as datasets
 from attacks import LOSSES
 from lab.files import write_text
 from lab.presets import eps_text
+from lab.start import out_of_memory
 from lab.suite import OBJECTIVES
 from lab.target import VIEWS, Target, deterministic, full_precision, reseed, seed_for
 
@@ -46,9 +47,12 @@ def audit(e, count: int = 8, draws: int = 10) -> dict:
             row |= gradient_shares(target, x, y, loss, draws)
             try:
                 row |= against_float64(target, x, y, loss)
-            except (RuntimeError, TypeError) as error:  # a constant of another type inside the model, say
+            except Exception as error:  # whatever a model says to a float64: a constant of another type, an assertion
+                if out_of_memory(error):
+                    raise
                 row |= dict.fromkeys(("same_decision", "cosine", "derivative"))
-                notes.append(f"{name}: the check in float64 could not be tried ({str(error).splitlines()[0]})")
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                notes.append(f"{name}: the check in float64 could not be tried ({said})")
         if row["nonfinite_logits"] > 0:
             messages.append(f"{name}: {row['nonfinite_logits']:.1%} of the outputs are not finite")
         if row["nonfinite"] > 0:

@@ -140,6 +140,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", help="folders of evaluations; commas join the seeds of one model")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may have a name that no terminal can show
     try:
         rows = compare([group.split(",") for group in args.folders])
     except (ValueError, OSError) as error:

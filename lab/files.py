@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows: without locks, processes that write the same file at once are not told apart
+except ImportError:  # without locks, processes that write the same file at once are not told apart
     fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -92,7 +92,8 @@ def _folder_for(path: Path) -> None:
 
 
 def write_text(path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    """In UTF-8, whatever the machine's own; what a path may hold and UTF-8 may not is spelled out."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_npz(path, **arrays) -> None:

@@ -63,12 +63,13 @@ def load_function(text: str) -> nn.Module:
 def _first_beside(path: Path):
     """Inside, an import finds what lies beside this file first, even where a module of ours has the same name."""
     folder = path.resolve().parent
-    ours = {
-        name: sys.modules.pop(name)
-        for name in sys.modules.keys() - sys.stdlib_module_names
-        if (top := folder / name.partition(".")[0]).with_suffix(".py").is_file() or (top / "__init__.py").is_file()
-        if not str(getattr(sys.modules[name], "__file__", None)).startswith(str(folder))
-    }
+    ours = {}
+    for name in sys.modules.keys() - sys.stdlib_module_names:
+        top = folder / name.partition(".")[0]
+        file = Path(getattr(sys.modules[name], "__file__", None) or "nowhere").resolve()
+        beside = top.with_suffix(".py").is_file() or (top / "__init__.py").is_file()
+        if beside and file != top.with_suffix(".py") and top not in file.parents:
+            ours[name] = sys.modules.pop(name)
     sys.path.insert(0, str(folder))  # and stays: a forward may import, too
     try:
         yield

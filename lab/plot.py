@@ -7,15 +7,16 @@ python -m lab.plot --method assets/method.svg
 
 import argparse
 import itertools
-import math
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from lab.files import read_rows, read_table, write_atomically
 from lab.presets import RADIUS, check_bounds, parse_number
+from lab.report import wilson
 
 plt.switch_backend("agg")  # files, never windows
 LABELS = {"eps": "eps (pixels in [0, 1])", "steps": "steps", "eot": "draws a gradient", "samples": "S, members"}
@@ -29,12 +30,6 @@ def save(figure, path: Path, **options) -> None:
     plt.close(figure)
 
 
-def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share, in %."""
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return tuple(100 * (share + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-
-
 def draw_curves(curves: dict[str, list], what: str, out: Path, ylabel="accuracy (%)", radius=None, masked=None) -> None:
     """Label -> [(value of `what`, accuracy, n)]; radius: (eps, its text) of a line; masked: a label, no gradient."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -43,7 +38,8 @@ def draw_curves(curves: dict[str, list], what: str, out: Path, ylabel="accuracy 
         x, share, n = zip(*points)
         colour, marker = (GREY, "o") if label == masked else next(looks)  # grey, dashed, hollow: it is not a result
         style = {"ls": (0, (4, 2)), "mfc": "white"} if label == masked else {}
-        axes.fill_between(x, *zip(*map(wilson, share, n)), color=colour, alpha=0.15, lw=0)
+        low, high = np.transpose([wilson(*point) for point in zip(share, n)])
+        axes.fill_between(x, 100 * low, 100 * high, color=colour, alpha=0.15, lw=0)
         axes.plot(x, [100 * v for v in share], color=colour, marker=marker, ms=5.5, lw=2, label=label, **style)
     x, _, n = map(sorted, map(set, zip(*itertools.chain(*curves.values()))))
     unit = next(filter(None, x), 1)
@@ -100,7 +96,7 @@ def draw_attacks(path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5, 0.4 * len(shares) + 1))
     for attack, values in reversed(shares.items()):  # bars grow upwards
         mean = sum(values) / len(values)
-        spread = [[abs(100 * mean - bound)] for bound in wilson(mean, len(values))]
+        spread = [[100 * abs(mean - bound)] for bound in wilson(mean, len(values))]
         axes.barh(attack, 100 * mean, xerr=spread, color=COLOURS[1], alpha=0.6)
     axes.set(xlim=(0, 102), xlabel="accuracy (%), mean over draws")
     save(figure, path.with_name("attacks.png"), dpi=150, bbox_inches="tight")

@@ -31,8 +31,8 @@ def parse_switch(text: str) -> bool:
 
 
 def eps_text(eps: float) -> str:
-    """8/255 where it is one, else a decimal."""
-    return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else f"{eps:g}"
+    """8/255 where it is one, else a decimal, which reads as the same number."""
+    return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else str(float(eps))
 
 
 # What a number must be: the sentence that refuses it, and the test. (NaN fails every comparison, as it should; beyond a
@@ -40,6 +40,7 @@ def eps_text(eps: float) -> str:
 COUNT = "must be 1 or more, up to a million", lambda v: 1 <= v <= 1e6
 SEVERAL = "must be 2 or more, up to a million: BatchNorm needs them", lambda v: 2 <= v <= 1e6
 WHOLE = "must be 0 or more, up to a million", lambda v: 0 <= v <= 1e6
+VERSIONS = "must be 0 to 3, or a multiple of 4 up to 100", lambda v: v in range(4) or v in range(4, 101, 4)
 NUMBER = "must be 0 or more", lambda v: 0 <= v < math.inf
 POSITIVE = "must be positive", lambda v: 0 < v < math.inf
 SHARE = "is not a share between 0 and 1", lambda v: 0 <= v <= 1
@@ -118,8 +119,8 @@ class Preset:
     fraction: float = setting(0.5, SHARE, "perturbed share of each batch")
     attack_steps: int = setting(40, COUNT, "PGD")
     attack_step_size: float = setting(0.01, POSITIVE, "of PGD, in pixels")
-    attack_versions: int = setting(0, WHOLE, "attack the training set so many times, before the training (ours; 4: by "
-                                   "every kind once); 0: every batch anew, as the paper")  # fmt: skip
+    attack_versions: int = setting(0, VERSIONS, "attack the training set so many times, before the training (ours; 4: "
+                                   "by every kind once); 0: every batch anew, as the paper")  # fmt: skip
 
     # Training end to end, --objective end-to-end (ours; see RESULTS.md)
     end_epochs: int = setting(20, COUNT, "of training end to end")

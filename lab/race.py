@@ -45,7 +45,7 @@ def least(right: torch.Tensor, running: torch.Tensor, of: torch.Tensor, pictures
     """Each picture's finalist with the fewest right answers, the first among equals: its number, (B,), -1 where a
     picture has no candidate."""
     order = torch.arange(len(right), device=right.device)
-    score = torch.where(running, right * len(right) + order, math.inf).double()
+    score = torch.where(running, right.double() * len(right) + order, math.inf)  # float32 would round large numbers
     best = torch.full((pictures,), math.inf, device=right.device, dtype=torch.double)
     best = best.scatter_reduce(0, of, score, "amin")
     return torch.where(best.isfinite(), best % max(len(right), 1), -1).long()

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lab.tensors import check_whole
+
 
 @dataclass
 class Ranks:
@@ -52,13 +54,16 @@ class Ranks:
                 whole.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             dist.broadcast(whole, 0)
             content = whole.cpu().numpy().tobytes()
+        if not content:
+            return None
         try:
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if content else {}
+            check_whole(io.BytesIO(content))
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception:  # torch raises anything on a file that it does not know
             found = None
         if not isinstance(found, dict):
             raise ValueError(f"{path} is damaged; delete it, and what it holds is made again")
-        return found or None
+        return found
 
     def room(self, size: int) -> torch.device:
         """This rank's device, if `size` bytes take less than a quarter of what is free there; else the CPU."""
@@ -132,7 +137,7 @@ class AllSum(torch.autograd.Function):
 def start_ranks(device: str | None) -> Ranks:
     """Read torchrun's environment; a plain `python train.py` is the only rank."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):  # as `launched` sees it
         return Ranks(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -143,7 +143,7 @@ def check_buildable(classifier: WideResNet | None, shape, p: Preset, tap: list[s
 
 
 def stage_one(run: Run, data: datasets.Dataset, p: Preset, start=None, limit=None) -> WideResNet:
-    """Train a classifier (see train_classifier), measure it, keep it as classifier.pt; or take the one that this run
+    """Train a classifier (see train_classifier), keep it as classifier.pt, measure it; or take the one that this run
     made before."""
     path = run.folder / "classifier.pt"
     if kept := run.ranks.load(path):
@@ -154,13 +154,14 @@ def stage_one(run: Run, data: datasets.Dataset, p: Preset, start=None, limit=Non
         load_state(classifier, weights, path)
         return classifier.to(run.ranks.device).eval()
     classifier = train_classifier(run, data, p, start, limit)
-    attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)
-    torch.manual_seed(0)
-    clean, robust = accuracy(classifier, data, 500), accuracy(classifier, data, 500, attack)
-    run.say(f"classifier: clean {clean:.1%}, PGD-20 {robust:.1%} on {min(500, len(data.test_labels))} test pictures")
     weights = classifier.state_dict() | {"mean": classifier.mean.flatten(), "std": classifier.std.flatten()}
     if run.ranks.first:
         write_atomically(path, lambda temporary: torch.save({"state_dict": weights}, temporary))
+    attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)
+    torch.manual_seed(0)
+    limit = min(250, limit or p.classifier_batch_size // run.ranks.count)  # what the training had room for
+    clean, robust = accuracy(classifier, data, 500), accuracy(classifier, data, 500, attack, limit)
+    run.say(f"classifier: clean {clean:.1%}, PGD-20 {robust:.1%} on {min(500, len(data.test_labels))} test pictures")
     return classifier
 
 

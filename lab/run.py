@@ -106,7 +106,7 @@ class Run:
         parts: name -> anything with a state_dict; saved and restored together.
         step: trains on the global batch `indices` (of which it takes its rank's rows), whose first picture is number
             `first` since the start, and returns the sums over its rows of what `columns` names.
-        Every epoch's means over all pictures become a row of log.tsv.
+        Every epoch's means over all pictures become a row of log-STAGE.tsv (the purifier's: log.tsv).
         """
         path, device = self.folder / f"{stage}.resume.pt", self.ranks.device
         epoch_now, step_now, rows, sums = 0, 0, [], torch.zeros(len(columns), dtype=torch.float64)
@@ -191,11 +191,11 @@ def clock(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
-def accuracy(model: nn.Module, data: datasets.Dataset, count: int, attack=None) -> float:
-    """On the first `count` test pictures, attacked by attack(model, x, y) if given."""
+def accuracy(model: nn.Module, data: datasets.Dataset, count: int, attack=None, limit: int = 250) -> float:
+    """On the first `count` test pictures, attacked by attack(model, x, y) if given, at most `limit` at a time."""
     device, correct = next(model.parameters()).device, 0
     count = min(count, len(data.test_labels))
-    for indices in torch.arange(count).split(250):
+    for indices in torch.arange(count).split(max(1, limit)):
         x, y = datasets.pixels(data.test_images[indices].to(device)), data.test_labels[indices].to(device)
         x = attack(model, x, y) if attack else x
         with torch.no_grad():
@@ -250,7 +250,8 @@ def finish(run: Run, args, data: datasets.Dataset, carso: CARSO, p: Preset) -> N
     for path in run.folder.glob("*.resume.pt"):
         path.unlink()
     shutil.rmtree(run.folder / "attacked", ignore_errors=True)
-    run.say(f"CARSO: clean {accuracy(carso, data, 500):.1%} on {min(500, len(data.test_labels))} test pictures")
+    clean = accuracy(carso, data, 500, limit=250 // max(1, carso.samples))
+    run.say(f"CARSO: clean {clean:.1%} on {min(500, len(data.test_labels))} test pictures")
     run.say(f"now: python evaluate.py --ckpt {run.folder / 'carso.pt'}")
 
 
@@ -277,7 +278,7 @@ def load_data(args, p: Preset, ranks: Ranks) -> tuple[datasets.Dataset, Preset]:
     return data, p
 
 
-def fingerprint(data: datasets.Dataset) -> str:
+def training_fingerprint(data: datasets.Dataset) -> str:
     """Of its training pictures and labels, as hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in (data.train_images, data.train_labels):

@@ -36,7 +36,7 @@ def start_device(device: str | None) -> None:
     """Before anything is computed: ValueError if nothing can be on this device here (None is left to the caller), and
     cuDNN is told to repeat itself, so that on a GPU, too, what was stopped ends as if it had not been."""
     torch.backends.cudnn.deterministic = True
-    if device == "cuda" and "LOCAL_RANK" in os.environ:  # its own, or every process would take memory of the first
+    if device == "cuda" and os.environ.get("LOCAL_RANK"):  # its own, or every process would take memory of the first
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=device or "cpu").add(1)

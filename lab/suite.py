@@ -142,12 +142,12 @@ def without_condition(carso: nn.Module) -> nn.Module:
 
 
 def with_fixed_z(carso: nn.Module) -> nn.Module:
-    """S latent codes drawn once and for all: a deterministic defence."""
-    shape = (carso.samples, carso.purifier.config["latent_dim"])
-    codes = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    """Each member has a latent code of its own, which is always the same: a deterministic defence."""
+    latent_dim = carso.purifier.config["latent_dim"]
 
     def draw(x, samples):
-        return codes.to(x).repeat(-(-samples // len(codes)), 1)[:samples].expand(len(x), -1, -1)
+        codes = [torch.randn(latent_dim, generator=torch.Generator().manual_seed(s)) for s in range(samples)]
+        return torch.stack(codes).to(x).expand(len(x), -1, -1)
 
     carso.draw = draw
     return carso

@@ -29,6 +29,8 @@ def read_tensors(path, trust_pickle: bool = False) -> dict:
         head = file.read(512)
     if head.lstrip()[:1] == b"<" or b"<html" in head.lower():
         raise ValueError(f"{path} is a web page, not a checkpoint: the download went wrong; fetch it again")
+    if zipfile.is_zipfile(path):
+        check_whole(path)
     try:
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
             from safetensors.torch import load_file
@@ -59,15 +61,16 @@ def _is_pickle(path: Path) -> bool:
         return False
 
 
-def check_whole(path) -> None:
-    """ValueError if a byte of a torch checkpoint is not as it was written (torch.load itself does not look)."""
+def check_whole(file) -> None:
+    """ValueError if a byte of a torch checkpoint, a path or an open file, is not as it was written (torch.load itself
+    does not look)."""
     try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+        with zipfile.ZipFile(file) as whole:
+            damaged = whole.testzip()
     except Exception as error:  # zipfile raises anything on a broken one
         damaged = error
     if damaged:
-        raise ValueError(f"{path} is damaged ({damaged}); take another copy, or train it again")
+        raise ValueError(f"{file} is damaged ({damaged}); take another copy, or train it again")
 
 
 def load_state(module: nn.Module, weights: dict, path) -> None:

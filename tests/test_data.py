@@ -8,6 +8,8 @@ import os
 import pickle
 import resource
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 import tracemalloc
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -420,8 +423,32 @@ def test_cifar100_through_torchvision_and_no_network(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(OSError, match="could not be downloaded.*put cifar-10-python.tar.gz"):
+    with pytest.raises(OSError, match="could not be downloaded.*put the file at .*cifar-10-python.tar.gz"):
         data.load("cifar10", tmp_path / "empty")
+
+
+CIFAR_BY_MANY = """
+import sys
+from torchvision.datasets import CIFAR100
+import data
+CIFAR100.url, CIFAR100.tgz_md5, CIFAR100.meta["md5"], train, test = sys.argv[2:]
+CIFAR100.train_list, CIFAR100.test_list = [["train", train]], [["test", test]]
+print(len(data.load("cifar100", sys.argv[1]).train_labels))
+"""
+
+
+def test_of_many_processes_one_fetches_and_unpacks_cifar(tmp_path, server, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    url, served = server
+    cifar100_archive(served, monkeypatch)
+    checksums = CIFAR100.tgz_md5, CIFAR100.meta["md5"], CIFAR100.train_list[0][1], CIFAR100.test_list[0][1]
+    options = ["-c", CIFAR_BY_MANY, tmp_path / "data", f"{url}/cifar-100-python.tar.gz", *checksums]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    many = [subprocess.Popen([sys.executable, *map(str, options)], **pipes) for _ in range(3)]
+    said = [process.communicate(timeout=100) for process in many]
+    assert [out.split()[-1:] for out, _ in said] == [["20"]] * 3, said
+    assert Server.ranges == [0]
 
 
 # -------------------------------------------------------------------------------------------------------- downloads

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -284,11 +285,21 @@ def test_controls_cut_what_they_name(folder, tiny_carso):
     assert CONTROLS["classifier"](tiny_carso) is tiny_carso.classifier
     fixed = with_fixed_z(copy.deepcopy(tiny_carso))
     assert torch.equal(fixed(x), fixed(x)) and not torch.equal(tiny_carso(x), tiny_carso(x))
-    assert torch.equal(fixed.draw(x, 2 * fixed.samples)[:, : fixed.samples], fixed.draw(x, fixed.samples))
+    many = fixed.draw(x, 2 * fixed.samples)
+    assert torch.equal(many[:, : fixed.samples], fixed.draw(x, fixed.samples))
+    assert len(many[0].unique(dim=0)) == 2 * fixed.samples  # also for an S larger than the checkpoint's
     blind = without_condition(copy.deepcopy(fixed))
     assert torch.equal(blind(x), blind(1 - x)) and not torch.equal(fixed(x), fixed(1 - x))
     blind.own_answer = 0.5
     assert not torch.equal(blind(x), blind(1 - x))  # the classifier's own answer is still there
+
+
+def test_a_folder_whose_name_no_terminal_can_show(folder):
+    name = os.fsdecode(b"caf\xe9")
+    (folder / name).mkdir()
+    shutil.copy(folder / "carso.pt", folder / name)
+    output = run(folder, "--ckpt", f"{name}/carso.pt", *TINY, "--attack", "clean", script="evaluate.py")
+    assert "caf\\udce9/carso.pt" in output and list((folder / name).glob("eval-*/report.md"))
 
 
 def test_a_bare_classifier_is_evaluated_like_a_defence(folder, monkeypatch, capsys):

@@ -25,6 +25,7 @@ import train
 from lab import bench, compare, plot, presets, report, torture
 from lab.checkpoints import load_checkpoint, load_published_classifier, save_checkpoint
 from lab.files import check_config
+from lab.ranks import start_ranks
 from lab.start import launched, start_device
 from models import WideResNet
 
@@ -295,6 +296,10 @@ def test_a_launcher_that_is_not_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert launched() == (0, 1)
+    with monkeypatch.context() as patch:  # as a shell leaves what it cleared
+        patch.setenv("RANK", "")
+        patch.setenv("WORLD_SIZE", "")
+        assert launched() == (0, 1) and start_ranks("cpu").count == 1
     for given in (
         {"RANK": "0"},
         {"WORLD_SIZE": "8"},

@@ -4,17 +4,20 @@ import argparse
 import json
 import os
 import pickle
+import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, formula_classifier, golden, picture
+from conftest import ROOT, TESTS, formula_classifier, golden, picture
 from safetensors.torch import save_file
+from torch import nn
 from torch.testing import assert_close
 
 import data
-from lab.checkpoints import PUBLISHED_DATA, load_published_classifier
+from lab.checkpoints import PUBLISHED_DATA, fingerprint_of, load_published_classifier
 from lab.foreign import Foreign, check_answers, load_function
 from models import CIFAR10_MEAN, CIFAR10_STD, WideResNet, record, representation_layers
 
@@ -204,6 +207,13 @@ def cut(path, keep: float):
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
 
 
+def change(path):
+    """One byte of a weight, which stays a finite number."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 WRONG = {
     "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "web page"),
     "nothing": (lambda path: None, "no file"),
@@ -228,6 +238,7 @@ WRONG = {
     "a builtin": (lambda path: torch.save({"a": Malicious((exec, ("1",)))}, path), "run code"),
     "a plain pickle": (lambda path: path.write_bytes(pickle.dumps(Malicious((exec, ("1",))))), "run code"),
     "truncated": (lambda path: (torch.save(public_weights(), path), cut(path, 0.5)), "is the file whole"),
+    "a changed byte": (lambda path: (torch.save(public_weights(), path), change(path)), "is damaged"),
     "truncated safetensors": (
         lambda path: (save_file({k: v.contiguous() for k, v in public_weights().items()}, path), cut(path, 0.9)),
         "is the file whole",
@@ -309,6 +320,35 @@ def test_a_model_of_others_is_built_in_its_own_surroundings(tmp_path, monkeypatc
     check_answers(model, "mine.py", torch.zeros(3, 1, 32, 32, dtype=torch.uint8), 5)
     assert isinstance(model, Foreign) and not model.training and not hasattr(model, "classifier")
     assert sys.modules["models"].WideResNet is WideResNet and sys.modules["data"] is data
+
+
+def test_a_project_that_this_repository_lies_in(tmp_path):
+    """Its modules come first all the same, also those under names of ours."""
+    shutil.copytree(ROOT, tmp_path / "carso", ignore=shutil.ignore_patterns(".*", "runs", "tests", "__pycache__"))
+    for name, text in zip(("mine", "models", "data"), THEIRS["a clash with our models.py"]):
+        (tmp_path / f"{name}.py").write_text(text)
+    program = "from lab.foreign import load_function\nprint(type(load_function('../mine.py:build').model).__module__)"
+    how = dict(cwd=tmp_path / "carso", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import models, data\n" + program], **how)
+    assert done.stdout == "models\n", done.stderr
+
+
+class Counting(nn.Linear):
+    """A state dict may hold more than tensors: a quantised network's does."""
+
+    def get_extra_state(self):
+        return {"bits": self.out_features}
+
+    def set_extra_state(self, state):
+        self.out_features = state["bits"]
+
+
+def test_a_fingerprint_is_of_whatever_a_state_dict_holds():
+    one, two = Counting(4, 8), Counting(4, 8)
+    two.load_state_dict(one.state_dict())
+    assert fingerprint_of(one) == fingerprint_of(two)
+    two.out_features = 4
+    assert fingerprint_of(one) != fingerprint_of(two)
 
 
 def test_a_defence_of_others_stays_one(tmp_path, monkeypatch):

@@ -110,6 +110,13 @@ def test_the_race_flatters_less_than_few_draws_and_brackets_the_truth():
     assert target.count["pictures"] - before < 0.7 * 20 * len(x)
 
 
+def test_the_least_of_very_many_candidates_is_the_pictures_own():
+    """Beyond 2^24, where float32 skips whole numbers."""
+    of, right = torch.arange(10_000).repeat(13), torch.full((130_000,), 150.0)
+    chosen = least(right, torch.ones(130_000, dtype=torch.bool), of, 10_000)
+    assert torch.equal(chosen, torch.arange(10_000))
+
+
 def test_a_candidate_that_chance_may_have_put_behind_stays_in_the_race(monkeypatch):
     answers = torch.tensor([[1.0] * 2 + [0] * 18, [1.0] + [0] * 4 + [1] * 15])  # the first is the worse one
     monkeypatch.setattr("lab.race.some_draws", lambda target, x, of, y, z, first, last: (
@@ -265,9 +272,14 @@ def test_few_classes_raise_no_alarm(classes, tmp_path):
     assert audit(e)["passed"], audit(e)["messages"]
 
 
-def test_a_model_that_float64_does_not_fit_is_audited_all_the_same(tiny_carso):
-    model = Around(tiny_carso.classifier.eval(), lambda self, x: self.model(x) @ torch.eye(5))  # a float32 constant
-    found = audit(evaluation(model))
+def only_float32(self, x):
+    assert x.dtype == torch.float32
+    return self.model(x)
+
+
+@pytest.mark.parametrize("forward", [lambda self, x: self.model(x) @ torch.eye(5), only_float32])  # a float32 constant
+def test_a_model_that_float64_does_not_fit_is_audited_all_the_same(tiny_carso, forward):
+    found = audit(evaluation(Around(tiny_carso.classifier.eval(), forward)))
     assert found["passed"] and "could not be tried" in found["notes"][0], found
 
 

@@ -123,7 +123,15 @@ def test_training_with_a_second_classifier(digits_carso, monkeypatch, capsys):
     common = ["--dataset", "few.npz", *TRAINING, "--epochs", "1", "--end-epochs", "1"]
     two, end = ["--name", "two", "--final", "other.pt"], ["--name", "end", "--objective", "end-to-end"]
     here(train, digits_carso, [*common, *two], monkeypatch, capsys)
+    trained, end_to_end = [], train.train_end_to_end
+
+    def watched(run, data, carso, *rest):
+        trained.extend(weight.requires_grad for weight in carso.final.parameters())
+        end_to_end(run, data, carso, *rest)
+
+    monkeypatch.setattr(train, "train_end_to_end", watched)
     here(train, digits_carso, [*common, *end, "--from", "scratch", "--final", "other.pt"], monkeypatch, capsys)
+    assert trained and not any(trained)  # it is as frozen as the other one
     for name in ("two", "end"):
         carso, _ = load_checkpoint(digits_carso / "runs" / name / "carso.pt")
         assert fingerprint_of(carso.final) == fingerprint_of(other_classifier(classes=10))

@@ -76,11 +76,6 @@ def test_several_folders_in_one_figure(tmp_path, run, monkeypatch):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.25", "0.5"]
 
 
-def test_intervals_are_wilsons():
-    assert plot.wilson(0.0, 100) == pytest.approx((0, 3.70), abs=0.01)
-    assert plot.wilson(0.5, 100) == pytest.approx((40.38, 59.62), abs=0.01)
-
-
 def test_the_method_is_a_picture_whose_text_is_text(tmp_path, run):
     one, two = tmp_path / "one.svg", tmp_path / "two.svg"
     assert run("--method", one) == (0, "") and run("--method", two) == (0, "")

@@ -21,7 +21,8 @@ from torch.testing import assert_close
 import data
 import evaluate
 import train
-from attacks import adversarially_balanced_batch
+from attacks import adversarially_balanced_batch, pgd
+from lab import robust_training
 from lab.checkpoints import load_checkpoint
 from lab.presets import PRESETS
 from lab.robust_training import untrained
@@ -155,8 +156,9 @@ def same_weights(folder, one, other, **tolerance):
 
 def test_a_run_leaves_what_it_promises(folder, monkeypatch, capsys):
     whole = folder / "runs" / "whole"
-    names = {path.name for path in whole.iterdir()}
-    assert names == {"carso.pt", "classifier.pt", "config.json", "log.tsv", "log-classifier.tsv", "reconstructions.png"}
+    logs = {"log.tsv", "log-classifier.tsv", "log-batchnorm.tsv"}
+    kept = {"carso.pt", "classifier.pt", "config.json", "reconstructions.png"}
+    assert {path.name for path in whole.iterdir()} == kept | logs
     log = (whole / "log.tsv").read_text().splitlines()
     assert log[0].split("\t") == ["epoch", "loss", "bce", "kld"] and len(log) == 4
     carso, state = load_checkpoint(whole / "carso.pt")
@@ -199,10 +201,13 @@ def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how, monkey
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage, how", [("classifier", signal.SIGTERM), ("purifier", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "stage, how",
+    [("classifier", signal.SIGTERM), ("purifier", signal.SIGKILL), ("batchnorm", signal.SIGTERM)],
+)
 def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stage, how):
-    if DEVICE == "cuda" and stage == "classifier":
-        pytest.skip("a GPU is looked at every ten steps, and has done the three of this stage by then")
+    if DEVICE == "cuda" and stage != "purifier":
+        pytest.skip("a GPU is looked at every ten steps, and has done the few of this stage by then")
     name = f"{stage}-{how.name}"
     options = ("--dataset", "tiny.npz", "--name", name, *TINY, "--save-every", "0")
     process = subprocess.Popen(**command(folder, *options))
@@ -450,11 +455,37 @@ def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, 
     output = here(train, folder, [*options, "--stage", "classifier"], monkeypatch, capsys)
     assert {path.name for path in (folder / "runs" / "stages").iterdir()} >= {"classifier.pt", "config.json"}
     assert not (folder / "runs" / "stages" / "carso.pt").exists()
-    assert "evaluate.py --ckpt runs/stages/classifier.pt --dataset tiny.npz --eps 0.2" in output
+    assert "evaluate.py --ckpt runs/stages/classifier.pt --dataset tiny.npz --eps 51/255" in output
     here(train, folder, options, monkeypatch, capsys)
     kept = torch.load(folder / "runs" / "stages" / "classifier.pt", "cpu", weights_only=True)["state_dict"]
     for key, tensor in load_checkpoint(folder / "runs" / "stages" / "carso.pt")[0].classifier.state_dict().items():
         assert torch.equal(tensor, kept[key]), key  # stage two took the classifier of stage one
+
+
+@pytest.mark.parametrize("limit, sizes", [([], [9, 3]), (["--micro-batch", "5"], [5, 5, 2])])
+def test_a_classifier_is_kept_and_then_measured_in_the_memory_of_its_training(
+    folder, monkeypatch, capsys, limit, sizes
+):
+    measured = []
+
+    def attack(classifier, x, y, *given, **how):
+        if how.get("steps") != 20:
+            return pgd(classifier, x, y, *given, **how)
+        assert (folder / "runs" / f"kept{sizes}" / "classifier.pt").is_file()
+        return measured.append(len(x)) or x
+
+    monkeypatch.setattr(robust_training, "pgd", attack)
+    options = ["--dataset", "tiny.npz", *TINY, "--stage", "classifier", "--classifier-batch-size", "9", *limit]
+    here(train, folder, [*options, "--name", f"kept{sizes}"], monkeypatch, capsys)
+    assert measured == sizes
+
+
+def test_a_data_set_in_the_folder_where_one_stands(tmp_path, monkeypatch):
+    """Its run is named after that folder, and lies under runs/."""
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "..", "pictures/.."):
+        _, run_name = train.prepare(train.parse_arguments(["--dataset", name]))
+        assert run_name == (tmp_path / name).resolve().stem
 
 
 @pytest.mark.parametrize(
@@ -488,6 +519,8 @@ def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, 
         (["--save-every", "nan"], "--save-every nan must be 0 or more"),
         (["--name", "../elsewhere"], "--name is that of a folder under runs/"),
         (["--name", "."], "--name is that of a folder under runs/"),
+        (["--dataset", "/"], "--name is that of a folder under runs/"),
+        (["--attack-versions", "6"], "--attack-versions 6 must be 0 to 3, or a multiple of 4"),
         (["--train-on", "published"], "no classifier is published for digits"),
         (["--from", "scratch"], "goes with --objective end-to-end"),
         (["--train-on", "a.pt", "--classifier", "b.pt"], "exclude each other"),
