@@ -146,9 +146,12 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
         except RuntimeError:  # they are not all there, or not whole
             archive = data_dir / reader.filename
             download(reader.url, archive, reader.tgz_md5)
-            with open(archive, "rb") as held:
-                lock(held, wait=True)  # of many processes one unpacks
-                part = reader(str(data_dir), train=split == "train", download=True)
+            try:
+                with open(f"{archive}.lock", "ab") as held:
+                    lock(held, wait=True)  # of many processes one unpacks
+                    part = reader(str(data_dir), train=split == "train", download=True)
+            except RuntimeError as error:
+                raise OSError(f"{archive} could not be unpacked ({error})") from None
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = part.data, part.targets
     return _dataset(name, arrays, part.classes)
 

@@ -38,7 +38,7 @@ from lab.files import check_config, write_text
 from lab.foreign import check_answers, load_function
 from lab.presets import BUDGETS, Budget, add_options, check_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
-from lab.start import launched, out_of_memory, start_device
+from lab.start import launched, out_of_memory, print_any_name, start_device
 from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found, remember_best
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, differentiable
 from lab.units import UNITS, Evaluation
@@ -173,6 +173,8 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "checkpoint": str(args.ckpt or args.published or args.model),
         "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "weights": fingerprint_of(model),
+        "mean": list(getattr(model, "config", {}).get("mean", ())),  # of a bare classifier, which the data may give
+        "std": list(getattr(model, "config", {}).get("std", ())),
         "pictures": datasets.fingerprint(images, labels, data.classes),
         "units": UNITS,
         "dataset": data.name,
@@ -181,6 +183,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "aggregation": args.aggregation,
         "view": args.view or AGGREGATIONS[args.aggregation][1],
         "control": args.control,
+        "codes": "one a member" if args.control == "fixed-z" else None,  # which earlier versions drew otherwise
         "final": args.final,
         "own_answer": getattr(model, "own_answer", None),
         "judge": args.judge,
@@ -292,7 +295,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse_arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that no terminal can show
+    print_any_name()
     keep_freed_memory()
     try:
         return evaluate(args)

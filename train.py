@@ -15,6 +15,7 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from lab.published import CLASSIFIERS, names_of
 from lab.ranks import keep_freed_memory, leave, start_ranks
 from lab.robust_training import check_buildable, load_classifier, stage_one, train_end_to_end, untrained
 from lab.run import DECIDED, Run, Stopped, drawing, finish, load_data, training_fingerprint
-from lab.start import launched, out_of_memory, start_device
+from lab.start import launched, out_of_memory, print_any_name, start_device
 from purifier import CARSO, vae_loss
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
@@ -202,10 +203,10 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
     p = choose_preset(args.preset or (args.dataset if args.dataset in PRESETS else "cifar10"), args)
     fresh = args.objective == "paper" or args.start == "scratch"
     decided = ["--" + name.replace("_", "-") for name in DECIDED if getattr(args, name) is not None]
-    stem = Path(args.dataset).resolve().stem
+    stem = Path(os.path.abspath(args.dataset)).stem  # of a link its own name
     name = args.name or (f"{stem}-end-to-end" if args.objective == "end-to-end" else stem)
     for refused, sentence in (
-        (Path().resolve() / "runs" not in (Path("runs") / name).resolve().parents,
+        (Path(os.path.abspath("runs")) not in Path(os.path.abspath(f"runs/{name}")).parents,
          "--name is that of a folder under runs/"),
         (args.objective == "paper" and args.start, "--from goes with --objective end-to-end"),
         (not fresh and args.classifier, "--classifier goes with --from scratch; else the checkpoint's own is used"),
@@ -234,7 +235,7 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
 
 def main() -> int:
     args = parse_arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that no terminal can show
+    print_any_name()
     keep_freed_memory()
     try:
         launched()

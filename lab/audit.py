@@ -175,11 +175,14 @@ def during_attacks(table) -> list[str]:
     return messages
 
 
+WHITE_BOX = ("rand", "pgd-eot", "apgd", "apgd-ce")
+
+
 def signs_of_masking(r: dict, slack: float = 0.03) -> list[str]:
     """What should not happen when gradients guide the attacks (evaluation by Athalye et al. 2018, Carlini et al.
-    2019)."""
+    2019). Without an attack that follows gradients nothing can be seen."""
     found, accuracy = [], {name: a["accuracy"] for name, a in r["attacks"].items() if a["target"] == "defence"}
-    white = [accuracy[name] for name in ("rand", "pgd-eot", "apgd", "apgd-ce") if name in accuracy]
+    white = [accuracy[name] for name in WHITE_BOX if name in accuracy]
     if not white:
         return found
     best = min(white)

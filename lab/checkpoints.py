@@ -103,14 +103,22 @@ def check_fits(carso: CARSO, path, name: str, image_shape, num_classes: int, tra
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """Of every tensor in its state dict, as hexadecimal digits."""
+    """Of every tensor in its state dict, and of what else is in that, as hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):  # a quantised network's, say
-            digest.update(f"{name} {tensor}".encode())
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+    def add(name, value):
+        if isinstance(value, (tuple, list, dict)):  # a quantised network's, say
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                add(f"{name} {key}", part)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            value = value.dequantize() if value.is_quantized else value
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{name} {value}".encode())
+
+    for name, value in sorted(model.state_dict().items()):
+        add(name, value)
     return digest.hexdigest()
 
 

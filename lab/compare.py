@@ -5,7 +5,7 @@
 
 Each argument is a folder that evaluate.py wrote. A picture counts with its worst attack, chosen on one set of draws and
 scored on another, as in report.md; several seeds are averaged picture by picture. Differences are to the first model;
-their 95 % intervals come from 10,000 bootstrap samples of the pictures, and of the seeds.
+their 95 % intervals come from 10,000 bootstrap samples of the pictures, and Student's t for the spread of the seeds.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import numpy as np
 
 from lab.files import read_json, read_rows
 from lab.report import interval
+from lab.start import print_any_name
 
 COLUMNS = {"picture": (0, 1e9), "label": (0, 1e9), "select": (0, 1)}
 FIELDS = dict(checkpoint=str, dataset=str, n=int, eps=(int, float), counted=list, robust=dict, audit=dict, config=dict)
@@ -67,6 +68,9 @@ def compare(groups: list[list[str]]) -> list[dict]:
     """A row for each group of folders (the seeds of one model). Raises ValueError if they are not comparable.
 
     Where all groups have as many seeds, they are paired; else each is averaged over its seeds first."""
+    for folders in groups:
+        if twice := [folder for folder in folders if folders.count(folder) > 1]:
+            raise ValueError(f"{twice[0]} stands twice among the seeds of one model")
     read_groups = [[read(folder) for folder in folders] for folders in groups]
     rows, (first, first_labels, _, _) = [], read_groups[0][0]
     paired = len({len(group) for group in read_groups}) == 1
@@ -86,40 +90,65 @@ def compare(groups: list[list[str]]) -> list[dict]:
         reports = [report for report, *_ in group]
         clean, worst = (np.stack([values[k] for values in group]) for k in (2, 3))
         base = [np.stack([values[k] for values in read_groups[0]]) for k in (2, 3)]
-        differences = [a - b if paired else (a.mean(0) - b.mean(0))[None] for a, b in zip((clean, worst), base)]
+        differences = []
+        for a, b in zip((clean, worst), base):
+            by_seed = [(a - b).mean(1)] if paired else [a.mean(1), b.mean(1)]
+            difference = a.mean(0) - b.mean(0)
+            differences.append([difference.mean(), *interval(difference, *by_seed)])
         rows.append(
             {
                 "models": [report["checkpoint"] for report in reports],
                 "n": clean.shape[1],
                 "audit": all(report["audit"]["passed"] for report in reports),
                 "attacks": reports[0]["counted"],
-                "work": {k: reports[0]["config"].get(k) for k in ("steps", "eot", "select", "draws")}
+                "work": {k: reports[0]["config"].get(k) for k in ("steps", *NOISE)}
                 | {"deterministic": reports[0].get("deterministic", False)},
+                "unlike": [text for report in reports for text in unlike(report, reports[0])]
+                + unlike(reports[0], first),
                 # how far a noisy choice of the worst candidate may flatter it
                 "flattered": max(r["robust"]["accuracy"] - r["robust"].get("least", np.nan) for r in reports),
                 "clean": clean.mean(),
                 "robust": worst.mean(),
                 "by_seed": [report["robust"]["accuracy"] for report in reports],
-                "clean_difference": [differences[0].mean(), *interval(differences[0])],
-                "robust_difference": [differences[1].mean(), *interval(differences[1])],
+                "clean_difference": differences[0],
+                "robust_difference": differences[1],
             }
         )
     return rows
 
 
+NOISE = ("eot", "select", "draws")
+# What makes an attack strong, and of which attacks (None: of all).
+WORK = dict.fromkeys(("steps", *NOISE, "search_precision")) | {
+    "targets": {"apgd", "standard"},
+    "queries": {"square", "standard"},
+    "pgd_steps": {"pgd-eot"},
+    "pgd_step_size": {"pgd-eot"},
+}
+
+
+def unlike(report: dict, other: dict) -> list[str]:
+    """How two evaluations differ in what makes an attack strong. What a report does not say is not compared, nor how
+    often a deterministic model would have been asked."""
+    found, mine, others = [], set(report["counted"]), set(other["counted"])
+    deterministic = report.get("deterministic") or other.get("deterministic")
+    for number, attacks in WORK.items():
+        a, b = report["config"].get(number), other["config"].get(number)
+        told = None not in (a, b) and not (deterministic and number in NOISE)
+        if told and a != b and (attacks is None or attacks & mine & others):
+            found.append(f"{report['checkpoint']}: {number} {a}, but {b} for {other['checkpoint']}")
+    if mine != others:
+        found.append(f"{report['checkpoint']}: not the same attacks ({', '.join(sorted(mine ^ others))})")
+    return found
+
+
 def warnings(rows: list[dict]) -> list[str]:
     """What a reader must know before believing a difference."""
     found = []
-    for row in rows[1:]:
-        unlike = {k: (v, rows[0]["work"][k]) for k, v in row["work"].items() if v != rows[0]["work"][k]}
-        unlike.pop("deterministic", None)
-        if rows[0]["work"]["deterministic"] or row["work"]["deterministic"]:  # which needs one draw
-            unlike = {k: v for k, v in unlike.items() if k == "steps"}
-        for k, (mine, other) in unlike.items():
-            found.append(f"{row['models'][0]}: {k} {mine}, but {other} for {rows[0]['models'][0]}")
-        if set(row["attacks"]) != set(rows[0]["attacks"]):
-            differ = sorted(set(row["attacks"]) ^ set(rows[0]["attacks"]))
-            found.append(f"{row['models'][0]}: not the same attacks ({', '.join(differ)})")
+    for number, row in enumerate(rows):
+        found += row["unlike"]
+        if number == 0:
+            continue
         flattered = np.nanmax([row["flattered"], rows[0]["flattered"], 0.0])
         if flattered > abs(row["robust_difference"][0]):
             found.append(
@@ -140,7 +169,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", help="folders of evaluations; commas join the seeds of one model")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder may have a name that no terminal can show
+    print_any_name()
     try:
         rows = compare([group.split(",") for group in args.folders])
     except (ValueError, OSError) as error:

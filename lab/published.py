@@ -105,7 +105,7 @@ def side_by_side(reports: dict[str, dict], budget: Budget) -> str:
     """The same defence seen through several outputs, beside what the paper says of it; reports: view -> what its
     report.json holds."""
     first = next(iter(reports.values()))
-    figures, rows = FIGURES.get(first["dataset"], {}), {}
+    figures, rows = FIGURES.get(first["dataset"], {}) if eps_text(first["eps"]) == "8/255" else {}, {}
     rows["classifier, clean"] = "classifier clean", lambda r: r["classifier"]["clean"]
     rows["CARSO, clean"] = "", lambda r: r["clean"]
     for name, attack in first["attacks"].items():

@@ -1,6 +1,8 @@
 """What a script needs to know before it starts: who launched it, and on which device it is to work."""
 
+import contextlib
 import os
+import sys
 
 import torch
 
@@ -24,6 +26,12 @@ def launched() -> tuple[int, int]:
     if rank >= count:
         raise ValueError(f"RANK={rank} is not below WORLD_SIZE={count}")
     return rank, count
+
+
+def print_any_name() -> None:
+    """From now on what a terminal cannot show, in the name of a file, is spelled out instead of ending the script."""
+    with contextlib.suppress(AttributeError):  # whatever stands in for the terminal in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def out_of_memory(error: Exception) -> bool:

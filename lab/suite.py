@@ -83,10 +83,13 @@ def transfer(loss: str, target, x, y, eps, b):
 
 
 def square(target, x, y, eps, b):
-    """AutoAttack's Square, black box, on the answer averaged over the draws: S x EoT members a query."""
+    """AutoAttack's Square, black box, on the answer averaged over EoT draws: S x EoT members a query, or, of a model
+    without members, the mean of its logits."""
     from pyautoattack.square import SquareAttack
 
     averaged = target.like_this(samples=target.samples * b.eot)
+    if not target.has_members:
+        averaged = lambda x: target.draws(x, b.eot, None).mean(1)  # noqa: E731
     settings = dict(n_queries=b.queries, eps=eps, norm="Linf", device=x.device, verbose=False)
     with torch.no_grad():  # it would keep the graph of every query
         search = SquareAttack(averaged, seed=torch.initial_seed() % 2**31, **settings)

@@ -216,6 +216,9 @@ class Evaluation:
 
     # --------------------------------------------------------------------------------------------- who does which
 
+    def begun(self, name: str) -> bool:
+        return any(self.file(name, start).is_file() for start in self.starts)
+
     def finished(self) -> list[str]:
         """The attacks whose every chunk is in the folder, whatever command put it there."""
         return [name for name in self.attacks if all(self.file(name, start).is_file() for start in self.starts)]
@@ -234,7 +237,12 @@ class Evaluation:
         """Every unit of these attacks that has no file yet, in turn with any other process, until none is left. With
         `over`, names are those of a headline over these attacks.
 
+        A cascade also finishes what earlier commands began: a later attack leaves out the pictures that an earlier one
+        took, and so the earlier one has to count.
+
         All chunks of one attack come before the next attack, so that no process waits for another until the end."""
+        if self.cascade and over is None:
+            names = [name for name in self.attacks if name in names or self.begun(name)]
         work = [(name, start) for name in names for start in self.starts]
         bar, mine, told = tqdm(total=len(work), desc="evaluating", disable=None if loud else True), 0, time.monotonic()
         seconds: dict[str, list[float]] = {}

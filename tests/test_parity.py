@@ -192,8 +192,7 @@ def test_evaluate_by_the_authors_aggregations(digits_carso, monkeypatch, capsys,
 
 GOWAL = "Gowal2020Uncovering_28_10_extra"
 PUBLIC = {
-    "Rebuffi2021Fixing_28_10_cutmix_ddpm": lambda w: w,  # DeepMind's own files are bare state dicts
-    GOWAL: lambda w: w,
+    "DeepMind's own": lambda w: w,  # bare state dicts
     "RobustBench's copy": lambda w: w | {"mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.2)},
     "WRN_28_10_cifar10_09428.safetensors": None,
 }

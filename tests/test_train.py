@@ -486,6 +486,10 @@ def test_a_data_set_in_the_folder_where_one_stands(tmp_path, monkeypatch):
     for name in (".", "..", "pictures/.."):
         _, run_name = train.prepare(train.parse_arguments(["--dataset", name]))
         assert run_name == (tmp_path / name).resolve().stem
+    (tmp_path / "latest.npz").symlink_to("v3.npz")  # a link has a name of its own, and runs/ may be on another disk
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").symlink_to("elsewhere")
+    assert train.prepare(train.parse_arguments(["--dataset", "latest.npz"]))[1] == "latest"
 
 
 @pytest.mark.parametrize(
