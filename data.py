@@ -118,7 +118,8 @@ def load(name_or_path, data_dir="data") -> Dataset:
         return _npz(path)
     if suffix == ".zip" and path.is_file():
         return _tinyimagenet(path, data_dir)
-    what = "there is no file" if suffix in (".npz", ".zip") or len(path.parts) > 1 else "there is no data set"
+    there = suffix in (".npz", ".zip") or len(path.parts) > 1
+    what = "no data is read from" if path.exists() else "there is no file" if there else "there is no data set"
     raise ValueError(
         f"{what} {name}; known are {', '.join(NAMES)}, or the path of an .npz, a folder, a Tiny ImageNet zip"
     )
@@ -170,7 +171,8 @@ def _folder(path: Path) -> Dataset:
         if is_tinyimagenet(root):
             arrays = read_tinyimagenet(root)
             return _dataset("tinyimagenet", arrays, arrays["classes"].tolist())
-    return _dataset(str(path), *read_folder(path))
+    name = str(path) if str(path) not in NAMES else f"./{path}"  # somebody's folder, and not what has that name here
+    return _dataset(name, *read_folder(path))
 
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")

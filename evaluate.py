@@ -38,7 +38,7 @@ from lab.files import check_config, write_text
 from lab.foreign import check_answers, load_function
 from lab.presets import BUDGETS, Budget, add_options, check_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
-from lab.start import launched, out_of_memory, print_any_name, start_device
+from lab.start import last_words, launched, print_any_name, start_device
 from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found, remember_best
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, differentiable
 from lab.units import UNITS, Evaluation
@@ -103,11 +103,10 @@ GROUPS = {"paper": list(PAPER_ATTACKS), "all": [name for name in PAPER_ATTACKS |
 
 def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
     """The model to attack, what its checkpoint says of its training, the data, and the file it came from."""
-    state, source = {}, Path(args.ckpt or args.published or args.model.partition(":")[0])
+    state, source = {}, Path(args.ckpt or args.published or args.model.rpartition(":")[0])
     whole = args.ckpt and (args.dataset is None or args.control or is_checkpoint(args.ckpt))
     if whole:
         model, state = load_checkpoint(args.ckpt)
-        model = CONTROLS[args.control](model) if args.control else model
     elif args.model:
         model = load_function(args.model)
     elif args.published in published.FOLDERS:
@@ -126,6 +125,7 @@ def load_model(args) -> tuple[nn.Module, dict, datasets.Dataset, Path]:
         model = load_classifier(source, classes, data.mean, data.std)
     if (args.published or whole) and hasattr(model, "purifier"):
         check_fits(model, source, data.name, shape, classes, state.get("classes"), data.classes)
+    model = CONTROLS[args.control](model) if args.control else model
     model = model.requires_grad_(False).to(args.device)
     check_answers(model, args.model or source, data.test_images, classes, args.device)
     if not hasattr(model, "purifier"):
@@ -173,8 +173,8 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "checkpoint": str(args.ckpt or args.published or args.model),
         "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "weights": fingerprint_of(model),
-        "mean": list(getattr(model, "config", {}).get("mean", ())),  # of a bare classifier, which the data may give
-        "std": list(getattr(model, "config", {}).get("std", ())),
+        # Of a bare classifier, which the data may give where the weights' file does not.
+        "normalisation": [list(model.config[k]) for k in ("mean", "std")] if hasattr(model, "config") else None,
         "pictures": datasets.fingerprint(images, labels, data.classes),
         "units": UNITS,
         "dataset": data.name,
@@ -302,14 +302,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last finished chunk", file=sys.stderr)
         return 130
-    except OSError as error:  # a full disk, say
-        print(f"evaluate.py: {error}; the same command goes on from the last finished chunk", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+    except Exception as error:
+        sentence = last_words(error, args.model)
+        if sentence is None:
             raise
-        print(f"evaluate.py: the memory is not enough ({str(error).splitlines()[0]}): choose a smaller --limit, "
-              "--chunk or --samples", file=sys.stderr)  # fmt: skip
+        print(f"evaluate.py: {sentence}", file=sys.stderr)
         return 2
 
 

@@ -273,9 +273,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped before the training began", file=sys.stderr)
         return 130
-    run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, {len(data.classes)} classes; "
-            f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip
     try:
+        run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, {len(data.classes)} classes; "
+                f"{ranks.count} process(es) on {device}{'; ' + data.note if data.note else ''}")  # fmt: skip
         if start is None and (classifier is None or args.train_on):
             classifier = stage_one(run, data, p, classifier, args.micro_batch)
         if args.stage == "classifier":

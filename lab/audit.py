@@ -117,7 +117,7 @@ def against_float64(target: Target, x, y, loss: str) -> dict:
     z64 = None if z is None else z.double()
 
     def again(which, pictures, noise):
-        torch.manual_seed(seed)  # for a model that draws from the global generator
+        reseed(seed, which.model)  # for a model that draws noise of its own
         return logits_and_gradient(which, pictures, y, loss, noise)
 
     logits32, g32 = again(target, x, z)
@@ -148,7 +148,7 @@ def finite_difference(double: Target, x, y, loss: str, z, gradient, norm, seed: 
     for h in (1e-5, 1e-6):  # a kink between the two points spoils one length, hardly both
         values = []
         for sign in (1, -1):
-            torch.manual_seed(seed)
+            reseed(seed, double.model)
             moved = x + sign * h * direction
             logits = double(moved) if z is None else double.draws(moved, 1, z)[:, 0]
             values.append(LOSSES[loss](logits, y))

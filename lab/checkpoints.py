@@ -9,6 +9,7 @@ Every function raises ValueError with one sentence that names the file and says 
 """
 
 import hashlib
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -60,12 +61,13 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
     Opened with weights_only=True. Raises ValueError if the file is missing, broken, or of another format."""
     content = read_tensors(path)
     if content.get("format") != "carso-1":
-        raise ValueError(f"{path} is not a CARSO checkpoint (train.py writes one as runs/NAME/carso.pt)")
+        raise ValueError(f"{path} is not a CARSO checkpoint (train.py writes one as runs/NAME/carso.pt); weights of a "
+                         "classifier go with --dataset")  # fmt: skip
     kinds = dict(classifier=dict, purifier=dict, layers=list, samples=int, state=dict)
     if wrong := [part for part, kind in kinds.items() if not isinstance(content.get(part), kind)]:
         raise ValueError(f"{path} is a CARSO checkpoint without {', '.join(wrong)}")
     state, said = content["state"], dict(dataset=str, data_dir=str, config=dict, classes=list)
-    if wrong := [name for name, kind in said.items() if not isinstance(state.get(name) or kind(), kind)]:
+    if wrong := [n for n, kind in said.items() if not isinstance(state.get(n), (kind, type(None)))]:
         raise ValueError(f"{path} says something strange of its training: {wrong[0]} {state[wrong[0]]!r:.50}")
     classifier = built(path, WideResNet, content["classifier"])
     load_state(classifier, content.get("classifier_weights"), path)
@@ -74,7 +76,7 @@ def load_checkpoint(path, device="cpu") -> tuple[CARSO, dict]:
     load_state(purifier, content.get("purifier_weights"), path)
     share = content.get("own_answer") or 0.0
     share = 0.5 if share is True else share  # early checkpoints said yes or no
-    final = built(path, WideResNet, content["final"]) if content.get("final") else None
+    final = None if content.get("final") is None else built(path, WideResNet, content["final"])
     if final is not None:
         load_state(final, content.get("final_weights"), path)
     rest = dict(layers=content["layers"], samples=content["samples"], own_answer=share, final=final)
@@ -96,10 +98,8 @@ def check_fits(carso: CARSO, path, name: str, image_shape, num_classes: int, tra
             f"{path} takes pictures {made_for[0]} of {made_for[1]} classes; {name} has {given[0]} of {given[1]}"
         )
     if trained_on and classes and list(trained_on) != list(classes):
-        k = next(k for k, (a, b) in enumerate(zip(trained_on, classes)) if a != b)
-        raise ValueError(
-            f"{path} was trained on other classes: its class {k} is {trained_on[k]}, that of {name} is {classes[k]}"
-        )
+        k, (a, b) = next((k, pair) for k, pair in enumerate(zip_longest(trained_on, classes)) if pair[0] != pair[1])
+        raise ValueError(f"{path} was trained on other classes: its class {k} is {a}, that of {name} is {b}")
 
 
 def fingerprint_of(model: nn.Module) -> str:
@@ -112,7 +112,7 @@ def fingerprint_of(model: nn.Module) -> str:
                 add(f"{name} {key}", part)
         elif isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            value = value.dequantize() if value.is_quantized else value
+            value = value.dequantize() if value.is_quantized else value.to_dense()
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         else:
             digest.update(f"{name} {value}".encode())
@@ -152,7 +152,12 @@ def load_published_classifier(path, num_classes: int, mean=None, std=None, trust
     Raises:
         ValueError: with one sentence on what is wrong: a web page, no checkpoint, a state dict that does not fit.
     """
-    weights = _strip_wrapping(read_tensors(path, trust_pickle))
+    content = read_tensors(path, trust_pickle)
+    if "classifier_weights" in content:
+        raise ValueError(
+            f"{path} is a whole CARSO; its classifier alone is in the classifier.pt that was made before it"
+        )
+    weights = _strip_wrapping(content)
     buffers = {name: weights.pop(name) for name in ("mean", "std", "mu", "sigma") if name in weights}
     if mean is None:
         mean, std = NORMALISATION.get(PUBLISHED_DATA.get(num_classes), (None, None))

@@ -69,8 +69,8 @@ def compare(groups: list[list[str]]) -> list[dict]:
 
     Where all groups have as many seeds, they are paired; else each is averaged over its seeds first."""
     for folders in groups:
-        if twice := [folder for folder in folders if folders.count(folder) > 1]:
-            raise ValueError(f"{twice[0]} stands twice among the seeds of one model")
+        if len({Path(folder).resolve() for folder in folders}) < len(folders):
+            raise ValueError(f"a folder stands twice among the seeds of one model: {', '.join(folders)}")
     read_groups = [[read(folder) for folder in folders] for folders in groups]
     rows, (first, first_labels, _, _) = [], read_groups[0][0]
     paired = len({len(group) for group in read_groups}) == 1

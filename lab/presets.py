@@ -32,7 +32,8 @@ def parse_switch(text: str) -> bool:
 
 def eps_text(eps: float) -> str:
     """8/255 where it is one, else a decimal, which reads as the same number."""
-    return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 else str(float(eps))
+    steps = round(255 * eps)
+    return f"{steps}/255" if abs(255 * eps - steps) < 1e-6 and (steps or not eps) else str(float(eps))
 
 
 # What a number must be: the sentence that refuses it, and the test. (NaN fails every comparison, as it should; beyond a

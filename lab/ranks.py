@@ -75,7 +75,14 @@ class Ranks:
         """One process of each node goes first (it downloads and caches), then the others."""
         if self.count > 1 and int(os.environ["LOCAL_RANK"]) > 0:
             dist.barrier()
-        yield
+        try:
+            yield
+        except (ValueError, OSError):  # which the others will see for themselves
+            self._let_go()
+            raise
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self.count > 1 and int(os.environ["LOCAL_RANK"]) == 0:
             dist.barrier()
 

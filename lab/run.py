@@ -7,7 +7,6 @@ process takes its own rows: so the result does not depend on their number, and r
 import contextlib
 import dataclasses
 import hashlib
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -247,9 +246,10 @@ def finish(run: Run, args, data: datasets.Dataset, carso: CARSO, p: Preset) -> N
     carso = CARSO(classifier, purifier, carso.layers, carso.samples, **rest).to(run.ranks.device)
     state = {"dataset": args.dataset, "data_dir": args.data_dir, "config": run.config, "classes": data.classes}
     save_checkpoint(run.folder / "carso.pt", carso, **state)
-    for path in run.folder.glob("*.resume.pt"):
+    for path in [*run.folder.glob("*.resume.pt"), *run.folder.glob("attacked/*-*.pt")]:
         path.unlink()
-    shutil.rmtree(run.folder / "attacked", ignore_errors=True)
+    with contextlib.suppress(OSError):  # nothing of ours is in it, or it never was
+        (run.folder / "attacked").rmdir()
     clean = accuracy(carso, data, 500, limit=250 // max(1, carso.samples))
     run.say(f"CARSO: clean {clean:.1%} on {min(500, len(data.test_labels))} test pictures")
     run.say(f"now: python evaluate.py --ckpt {run.folder / 'carso.pt'}")

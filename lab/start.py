@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import traceback
 
 import torch
 
@@ -29,7 +30,9 @@ def launched() -> tuple[int, int]:
 
 
 def print_any_name() -> None:
-    """From now on what a terminal cannot show, in the name of a file, is spelled out instead of ending the script."""
+    """From now on what a terminal cannot show, in the name of a file, is spelled out instead of ending the script, and
+    what has no terminal at all goes nowhere."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     with contextlib.suppress(AttributeError):  # whatever stands in for the terminal in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -38,6 +41,18 @@ def out_of_memory(error: Exception) -> bool:
     """Is this what torch or numpy says where memory, of a GPU or of the machine, is not enough?"""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def last_words(error: Exception, model: str | None) -> str | None:
+    """What evaluate.py says of what ended it, or None for a fault of its own. model: somebody's, under attack."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError):  # a full disk, say
+        return f"{said}; the same command goes on from the last finished chunk"
+    if out_of_memory(error):
+        return f"the memory is not enough ({said}): choose a smaller --limit, --chunk or --samples"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{last.filename}, line {last.lineno}"
+    return model and f"{model} failed under attack ({said}; {where}); what is finished is kept"
 
 
 def start_device(device: str | None) -> None:

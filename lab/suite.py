@@ -31,12 +31,15 @@ def remember_best(apgd, x: torch.Tensor) -> list[torch.Tensor]:
     """Makes AutoAttack's APGD append to the list that is returned, for each of its runs, the points of the largest
     loss, (B, C, H, W); x where a picture was not attacked."""
     points, single_run = [], apgd.attack_single_run
-    where = {picture.tobytes(): i for i, picture in enumerate(x.cpu().numpy())}  # it attacks some of the pictures
+    where: dict[bytes, list[int]] = {}  # it attacks some of the pictures, of which some may be alike
+    for i, picture in enumerate(x.cpu().numpy()):
+        where.setdefault(picture.tobytes(), []).append(i)
 
     def remembering(pictures, *args, **kwargs):
         result = single_run(pictures, *args, **kwargs)
         points.append(x.clone())
-        points[-1][[where[picture.tobytes()] for picture in pictures.cpu().numpy()]] = result[0].detach()
+        for picture, point in zip(pictures.cpu().numpy(), result[0].detach()):
+            points[-1][where[picture.tobytes()]] = point
         return result
 
     apgd.attack_single_run = remembering

@@ -6,7 +6,9 @@ Shapes: B pictures, E evaluations (draws), S members, K classes, Z latent.
 import contextlib
 import copy
 import hashlib
+import random
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +23,7 @@ from aggregate import (
     robust_logits,
 )
 from attacks import objective, random_point
+from lab.start import out_of_memory
 
 # ---------------------------------------------------------------------------------------------- decisions and views
 
@@ -118,6 +121,7 @@ class Target(nn.Module):
             logits = self.view(members.unflatten(1, (draws, -1)).flatten(0, 1))  # (B E, K)
         else:
             logits = self._in_pieces(self.model, x.repeat_interleave(draws, dim=0)).to(x.dtype)
+        logits = logits.clone() if logits.is_inference() else logits  # attacks change tensors in place
         if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             logits = logits + 0 * x.sum()  # a gradient of zero, which is counted, where none would flow back
         self.count["nonfinite_logits"] += (~logits.detach().isfinite()).any(1).sum()
@@ -133,7 +137,9 @@ class Target(nn.Module):
         for rows, _, columns in self.parts(len(x), members, 1):
             part = (x[rows],) if z is None else (x[rows], z[rows, columns])
             with_graph = x.requires_grad and torch.is_grad_enabled()
-            piece = checkpoint(answer, *part, use_reentrant=False) if with_graph else answer(*part)
+            # A copy, as the model may change its input, and is given it twice.
+            again = lambda x, *z: answer(x.clone(), *z)  # noqa: E731
+            piece = checkpoint(again, *part, use_reentrant=False) if with_graph else answer(*part)
             if columns.start:
                 pieces[-1] = torch.cat([pieces[-1], piece], dim=1)
             else:
@@ -220,11 +226,16 @@ class OutsideAutograd(nn.Module):
 
 
 def differentiable(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    """The model, or what stands in for it where a forward pass for a gradient in x (B, C, H, W) fails."""
+    """The model, or what stands in for it where a gradient in x (B, C, H, W) cannot be had: where either pass fails."""
+    lead = x.clone().requires_grad_()
     try:
-        model(x.clone().requires_grad_())
+        logits = model(lead.clone())
+        if logits.requires_grad:
+            torch.autograd.grad(logits.sum(), lead)
         return model
-    except RuntimeError:
+    except Exception as error:  # whatever a model says to pictures that want a gradient
+        if out_of_memory(error):
+            raise
         return OutsideAutograd(model)
 
 
@@ -248,6 +259,9 @@ def seed_for(*what) -> int:
 
 
 def reseed(seed: int, model: nn.Module) -> None:
+    """Every generator that a model may draw from: a foreign one also from numpy's, or Python's."""
     torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
     if hasattr(model, "manual_seed"):
         model.manual_seed(seed)

@@ -210,7 +210,7 @@ class Evaluation:
         path = self.file(name, start)
         try:
             with np.load(path) as file:
-                return {key: file[key] for key in ("hits", "select", "seconds")} | dict(file)
+                return {key: file[key] for key in ("hits", "select", "seconds", "worst")} | dict(file)
         except Exception as error:  # numpy and zipfile raise anything
             raise OSError(f"{path} is damaged ({error!r}): delete it, and it is made again") from None
 

@@ -25,7 +25,7 @@ from lab.audit import audit, signs_in_sweep, signs_of_masking
 from lab.checkpoints import load_checkpoint, save_checkpoint
 from lab.presets import BUDGETS, Budget, reduced
 from lab.report import reconstruction_quality, resubmission, wilson
-from lab.suite import CONTROLS, with_fixed_z, without_condition
+from lab.suite import CONTROLS, remember_best, with_fixed_z, without_condition
 from lab.target import (
     AGGREGATIONS,
     VIEWS,
@@ -294,11 +294,89 @@ def test_controls_cut_what_they_name(folder, tiny_carso):
     assert not torch.equal(blind(x), blind(1 - x))  # the classifier's own answer is still there
 
 
-def test_a_folder_whose_name_no_terminal_can_show(folder):
+def test_pictures_that_are_alike_are_all_remembered():
+    class Attack:
+        def attack_single_run(self, pictures):
+            return (pictures + 1,)
+
+    x, attack = torch.rand(3, 1, 4, 4), Attack()
+    x[1] = x[0]
+    points = remember_best(attack, x)
+    attack.attack_single_run(x[:2])
+    assert torch.equal(points[0], torch.cat([x[:2] + 1, x[2:]]))
+
+
+IN_PLACE = "return self.layer(x.sub_(0.5).div_(0.25).flatten(1))"
+STRANGE = {  # a forward pass, and whether its gradient exists
+    "normalises in place": (IN_PLACE, True),
+    "inference mode": ("with torch.inference_mode():\n            return self.layer(x.flatten(1))", False),
+    "no gradient wanted": ("assert not x.requires_grad\n        return self.layer(x.flatten(1))", False),
+    "breaks its graph": ("h = self.layer(x.flatten(1)).exp()\n        h.add_(1)\n        return h", False),
+    "sparse": ("return self.layer(x.flatten(1)) + 0 * self.eye.to_dense().sum()", True),
+    "noise of numpy and of Python": (
+        "return self.layer(x.flatten(1)) + torch.tensor([random.gauss(0, 1) for _ in range(10)]) "
+        "+ torch.from_numpy(np.random.randn(10)).float()", True
+    ),
+}  # fmt: skip
+ITS_FILE = """
+import os, random
+import numpy as np
+import torch
+
+class Strange(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1024, 10)
+        self.layer.bias.data[1] += 5  # the first picture is a 1, and stays one
+        self.register_buffer("eye", torch.eye(2).to_sparse())
+
+    def forward(self, x):
+        {}
+
+def build():
+    os.chdir("/")
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    return Strange().float()
+"""
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_models_of_others_are_attacked_alike_each_time(folder, monkeypatch, capsys, kind):
+    """Random weights, the working folder and PyTorch's settings are as they were, whatever their file does."""
+    forward, has_gradient = STRANGE[kind]
+    (folder / "strange.py").write_text(ITS_FILE.format(forward))
+    options = ["--model", "strange.py:build", "--dataset", "digits", *TINY, "--attack", "apgd", "standard"]
+    rows, code = [], 0 if has_gradient else 3
+    for name, limit in (("one", 1000), ("two", 1000 if "noise" in kind else 1)):  # such noise depends on the calls
+        shutil.rmtree(folder / name, ignore_errors=True)
+        here(evaluate, folder, [*options, "--out", name, "--limit", limit], monkeypatch, capsys, code)
+        rows.append((folder / name / "rows.tsv").read_text())
+    assert rows[0] == rows[1]
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+def test_a_model_that_fails_under_attack_gets_a_sentence(folder, monkeypatch, capsys):
+    (folder / "strange.py").write_text(
+        ITS_FILE.format("assert len(x) < 3, 'two at most'; return self.layer(x.flatten(1))")
+    )
+    options = ["--model", "strange.py:build", "--dataset", "digits", *TINY, "--out", "fails"]
+    output = refusal(evaluate, folder, options, monkeypatch, capsys)
+    assert re.search("strange.py:build failed under attack \\(two at most; .*strange.py, line 14\\)", output), output
+
+
+def test_a_control_is_of_the_same_classes_as_the_whole(folder, monkeypatch, capsys):
+    carso, state = load_checkpoint(folder / "carso.pt")
+    save_checkpoint(folder / "named.pt", carso, **state | {"classes": list("9876543210")})
+    options = ["--ckpt", "named.pt", "--control", "classifier", *TINY]
+    assert "trained on other classes" in refusal(evaluate, folder, options, monkeypatch, capsys)
+
+
+def test_a_folder_whose_name_no_terminal_can_show(folder, monkeypatch, capsys):
     name = os.fsdecode(b"caf\xe9")
     (folder / name).mkdir()
     shutil.copy(folder / "carso.pt", folder / name)
-    output = run(folder, "--ckpt", f"{name}/carso.pt", *TINY, "--attack", "clean", script="evaluate.py")
+    output = here(evaluate, folder, ["--ckpt", f"{name}/carso.pt", *TINY, "--attack", "clean"], monkeypatch, capsys)
     assert "caf\\udce9/carso.pt" in output and list((folder / name).glob("eval-*/report.md"))
 
 

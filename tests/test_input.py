@@ -216,7 +216,7 @@ def test_damaged_evaluations_are_compared_and_drawn_or_named(tmp_path, monkeypat
     """What is taken has shares between 0 and 1."""
     rng, drawn, refused = random.Random(name), [], 0
     monkeypatch.setattr(plot, "save", lambda figure, path, **_: (drawn.append(path), plot.plt.close(figure)))
-    monkeypatch.setattr(compare, "interval", lambda _: [0.0, 0.0])
+    monkeypatch.setattr(compare, "interval", lambda *_: [0.0, 0.0])
     evaluated(tmp_path)
     whole = (tmp_path / name).read_text()
     for _ in range(50):

@@ -95,3 +95,4 @@ def test_options_override_and_nothing_else_changes():
 def test_eps_is_typed_and_printed_as_people_do():
     assert parse_number("8/255") == 8 / 255 and parse_number("0.03") == 0.03
     assert eps_text(8 / 255) == "8/255" and eps_text(0.03) == "0.03" and float(eps_text(1 / 7)) == 1 / 7
+    assert eps_text(0) == "0/255" and eps_text(1e-9) == "1e-09"

@@ -202,32 +202,32 @@ def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how, monkey
 
 
 @pytest.mark.parametrize(
-    "stage, how",
-    [("classifier", signal.SIGTERM), ("purifier", signal.SIGKILL), ("batchnorm", signal.SIGTERM)],
+    "stages, how", [(("classifier", "batchnorm"), signal.SIGTERM), (("purifier",), signal.SIGKILL)]
 )
-def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stage, how):
-    if DEVICE == "cuda" and stage != "purifier":
-        pytest.skip("a GPU is looked at every ten steps, and has done the few of this stage by then")
-    name = f"{stage}-{how.name}"
+def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stages, how):
+    if DEVICE == "cuda" and stages != ("purifier",):
+        pytest.skip("a GPU is looked at every ten steps, and has done the few of these stages by then")
+    name = f"{stages[0]}-{how.name}"
     options = ("--dataset", "tiny.npz", "--name", name, *TINY, "--save-every", "0")
-    process = subprocess.Popen(**command(folder, *options))
-    checkpoint = folder / "runs" / name / f"{stage}.resume.pt"
-    wanted = (
-        10 if stage == "purifier" else 1
-    )  # steps; after Lookahead's first synchronisation, at 6, in the second epoch
-    while process.poll() is None:
-        time.sleep(0.005)
-        if checkpoint.is_file():  # renamed into place, so it is whole at any moment
-            saved = torch.load(checkpoint, weights_only=True)
-            if 8 * saved["epoch"] + saved["step"] >= wanted:
-                break
-    process.send_signal(how)
-    output = process.communicate(timeout=100)[0]
-    if how != signal.SIGKILL:
-        assert process.returncode == 130 and "the same command goes on" in output, output
-    assert not (folder / "runs" / name / "carso.pt").exists(), "killed too late to test anything"
+    for stage in stages:
+        process = subprocess.Popen(**command(folder, *options))
+        checkpoint = folder / "runs" / name / f"{stage}.resume.pt"
+        wanted = 10 if stage == "purifier" else 1  # steps; after Lookahead's first synchronisation, at 6
+        while process.poll() is None:
+            time.sleep(0.005)
+            if checkpoint.is_file():  # renamed into place, so it is whole at any moment
+                saved = torch.load(checkpoint, weights_only=True)
+                if 8 * saved["epoch"] + saved["step"] >= wanted:
+                    break
+        process.send_signal(how)
+        output = process.communicate(timeout=100)[0]
+        if how != signal.SIGKILL:
+            assert process.returncode == 130 and "the same command goes on" in output, output
+        assert not (folder / "runs" / name / "carso.pt").exists(), "killed too late to test anything"
+        if stage != stages[0]:
+            assert f"{stages[0]}: going on" in output, output
     output = run(folder, *options)
-    assert re.search(rf"{stage}: going on at epoch \d+, step \d+", output), output
+    assert re.search(rf"{stages[-1]}: going on at epoch \d+, step \d+", output), output
     same_weights(folder, "whole", name, rtol=0, atol=0)
     logs = [(folder / "runs" / n / "log.tsv").read_text() for n in ("whole", name)]
     assert logs[0] == logs[1]
@@ -432,9 +432,10 @@ def test_other_settings_in_the_same_folder_are_refused(folder, monkeypatch, caps
     assert "eps: 0.2 there, 0.25 now" in output and "--name" in output
 
 
-def test_a_classifier_from_a_file(folder):
+def test_a_classifier_from_a_file(folder, monkeypatch, capsys):
     weights = folder / "runs" / "whole" / "classifier.pt"
-    output = run(folder, "--dataset", "tiny.npz", "--name", "given", "--classifier", weights, *TINY)
+    options = ["--dataset", "tiny.npz", "--name", "given", "--classifier", weights, *TINY]
+    output = here(train, folder, options, monkeypatch, capsys)
     assert "clean accuracy" in output
     same_weights(folder, "whole", "given", rtol=0, atol=0)
 
@@ -478,6 +479,23 @@ def test_a_classifier_is_kept_and_then_measured_in_the_memory_of_its_training(
     options = ["--dataset", "tiny.npz", *TINY, "--stage", "classifier", "--classifier-batch-size", "9", *limit]
     here(train, folder, [*options, "--name", f"kept{sizes}"], monkeypatch, capsys)
     assert measured == sizes
+
+
+def test_a_run_inside_anothers_folder_stays(folder, monkeypatch, capsys):
+    for name in ("outer/attacked", "outer"):
+        here(train, folder, ["--dataset", "tiny.npz", *TINY, "--name", name, "--epochs", "1"], monkeypatch, capsys)
+    assert (folder / "runs" / "outer" / "attacked" / "carso.pt").is_file()
+    assert not list((folder / "runs" / "outer").rglob("*-0000000.pt"))
+
+
+def test_bad_data_under_torchrun_gets_the_sentence_of_each_process(tmp_path):
+    output = run(tmp_path, "--dataset", "nothing.npz", ranks=2, code=1)  # torchrun's own status
+    assert output.count("train.py: there is no file nothing.npz") == 2 and "Connection" not in output
+
+
+def test_no_terminal_at_all(folder):
+    how = command(folder, "--dataset", "tiny.npz", *TINY, "--stage", "classifier", "--name", "quiet")
+    assert subprocess.run(**how | dict(stdout=None, stderr=None, preexec_fn=lambda: os.close(2))).returncode == 0
 
 
 def test_a_data_set_in_the_folder_where_one_stands(tmp_path, monkeypatch):
