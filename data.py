@@ -118,8 +118,8 @@ def load(name_or_path, data_dir="data") -> Dataset:
         return _npz(path)
     if suffix == ".zip" and path.is_file():
         return _tinyimagenet(path, data_dir)
-    there = suffix in (".npz", ".zip") or len(path.parts) > 1
-    what = "no data is read from" if path.exists() else "there is no file" if there else "there is no data set"
+    a_path = suffix in (".npz", ".zip") or len(path.parts) > 1
+    what = "no data is read from" if path.exists() else f"there is no {'file' if a_path else 'data set'}"
     raise ValueError(
         f"{what} {name}; known are {', '.join(NAMES)}, or the path of an .npz, a folder, a Tiny ImageNet zip"
     )

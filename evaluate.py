@@ -38,10 +38,11 @@ from lab.files import check_config, write_text
 from lab.foreign import check_answers, load_function
 from lab.presets import BUDGETS, Budget, add_options, check_options, eps_text, overridden, parse_number
 from lab.ranks import keep_freed_memory
-from lab.start import last_words, launched, print_any_name, start_device
+from lab.start import last_words, launched, start_device, start_output
 from lab.suite import CONTROL_ATTACKS, CONTROLS, OUR_ATTACKS, Attack, alone, found, remember_best
 from lab.target import AGGREGATIONS, VIEWS, Target, climb, differentiable
 from lab.units import UNITS, Evaluation
+from models import WideResNet
 
 # ------------------------------------------------------------------------------------ the paper's attacks, section 5.1
 
@@ -174,7 +175,7 @@ def prepare(args) -> tuple[Evaluation, list[str], list[str]]:
         "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "weights": fingerprint_of(model),
         # Of a bare classifier, which the data may give where the weights' file does not.
-        "normalisation": [list(model.config[k]) for k in ("mean", "std")] if hasattr(model, "config") else None,
+        "normalisation": [list(model.config[k]) for k in ("mean", "std")] if isinstance(model, WideResNet) else None,
         "pictures": datasets.fingerprint(images, labels, data.classes),
         "units": UNITS,
         "dataset": data.name,
@@ -295,7 +296,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse_arguments()
-    print_any_name()
+    start_output()
     keep_freed_memory()
     try:
         return evaluate(args)

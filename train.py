@@ -31,7 +31,7 @@ from lab.published import CLASSIFIERS, names_of
 from lab.ranks import keep_freed_memory, leave, start_ranks
 from lab.robust_training import check_buildable, load_classifier, stage_one, train_end_to_end, untrained
 from lab.run import DECIDED, Run, Stopped, drawing, finish, load_data, training_fingerprint
-from lab.start import launched, out_of_memory, print_any_name, start_device
+from lab.start import launched, out_of_memory, start_device, start_output
 from purifier import CARSO, vae_loss
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
@@ -159,9 +159,11 @@ def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, mi
         clean, reconstruction, mu, logvar = forward("batchnorm", epoch, number, indices, first)
         return torch.stack(vae_loss(reconstruction, clean, mu, logvar, 1.0))
 
+    def once_through_the_training_set():
+        run.train("batchnorm", 1, count, p.batch_size, {"purifier": purifier}, ("loss", "bce", "kld"), look)
+
     with run.stopping_gently():
-        refresh_batchnorm(purifier, lambda: run.train("batchnorm", 1, count, p.batch_size, {"purifier": purifier},
-                                                      ("loss", "bce", "kld"), look))  # fmt: skip
+        refresh_batchnorm(purifier, once_through_the_training_set)
     carso.eval()
 
 
@@ -235,7 +237,7 @@ def prepare(args: argparse.Namespace) -> tuple[Preset, str]:
 
 def main() -> int:
     args = parse_arguments()
-    print_any_name()
+    start_output()
     keep_freed_memory()
     try:
         launched()

@@ -17,7 +17,7 @@ import numpy as np
 
 from lab.files import read_json, read_rows
 from lab.report import interval
-from lab.start import print_any_name
+from lab.start import start_output
 
 COLUMNS = {"picture": (0, 1e9), "label": (0, 1e9), "select": (0, 1)}
 FIELDS = dict(checkpoint=str, dataset=str, n=int, eps=(int, float), counted=list, robust=dict, audit=dict, config=dict)
@@ -62,6 +62,31 @@ def read(folder) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
     if np.isnan(right["clean"]).any() or np.isnan(right["worst"]).any():
         raise ValueError(f"{folder}/rows.tsv lacks pictures of the {report['n']} that report.json names: is it whole?")
     return report, labels, right["clean"], right["worst"]
+
+
+NOISE = ("eot", "select", "draws")
+# What makes an attack strong, and of which attacks (None: of all).
+WORK = dict.fromkeys(("steps", *NOISE, "search_precision")) | {
+    "targets": {"apgd", "standard"},
+    "queries": {"square", "standard"},
+    "pgd_steps": {"pgd-eot"},
+    "pgd_step_size": {"pgd-eot"},
+}
+
+
+def unlike(report: dict, other: dict) -> list[str]:
+    """How two evaluations differ in what makes an attack strong. What a report does not say is not compared, nor how
+    often a deterministic model would have been asked."""
+    found, mine, others = [], set(report["counted"]), set(other["counted"])
+    deterministic = report.get("deterministic") or other.get("deterministic")
+    for number, attacks in WORK.items():
+        a, b = report["config"].get(number), other["config"].get(number)
+        told = None not in (a, b) and not (deterministic and number in NOISE)
+        if told and a != b and (attacks is None or attacks & mine & others):
+            found.append(f"{report['checkpoint']}: {number} {a}, but {b} for {other['checkpoint']}")
+    if mine != others:
+        found.append(f"{report['checkpoint']}: not the same attacks ({', '.join(sorted(mine ^ others))})")
+    return found
 
 
 def compare(groups: list[list[str]]) -> list[dict]:
@@ -117,38 +142,10 @@ def compare(groups: list[list[str]]) -> list[dict]:
     return rows
 
 
-NOISE = ("eot", "select", "draws")
-# What makes an attack strong, and of which attacks (None: of all).
-WORK = dict.fromkeys(("steps", *NOISE, "search_precision")) | {
-    "targets": {"apgd", "standard"},
-    "queries": {"square", "standard"},
-    "pgd_steps": {"pgd-eot"},
-    "pgd_step_size": {"pgd-eot"},
-}
-
-
-def unlike(report: dict, other: dict) -> list[str]:
-    """How two evaluations differ in what makes an attack strong. What a report does not say is not compared, nor how
-    often a deterministic model would have been asked."""
-    found, mine, others = [], set(report["counted"]), set(other["counted"])
-    deterministic = report.get("deterministic") or other.get("deterministic")
-    for number, attacks in WORK.items():
-        a, b = report["config"].get(number), other["config"].get(number)
-        told = None not in (a, b) and not (deterministic and number in NOISE)
-        if told and a != b and (attacks is None or attacks & mine & others):
-            found.append(f"{report['checkpoint']}: {number} {a}, but {b} for {other['checkpoint']}")
-    if mine != others:
-        found.append(f"{report['checkpoint']}: not the same attacks ({', '.join(sorted(mine ^ others))})")
-    return found
-
-
 def warnings(rows: list[dict]) -> list[str]:
     """What a reader must know before believing a difference."""
-    found = []
-    for number, row in enumerate(rows):
-        found += row["unlike"]
-        if number == 0:
-            continue
+    found = [sentence for row in rows for sentence in row["unlike"]]
+    for row in rows[1:]:
         flattered = np.nanmax([row["flattered"], rows[0]["flattered"], 0.0])
         if flattered > abs(row["robust_difference"][0]):
             found.append(
@@ -169,7 +166,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", help="folders of evaluations; commas join the seeds of one model")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    print_any_name()
+    start_output()
     try:
         rows = compare([group.split(",") for group in args.folders])
     except (ValueError, OSError) as error:

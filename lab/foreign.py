@@ -62,17 +62,17 @@ def load_function(text: str) -> nn.Module:
 
 @contextlib.contextmanager
 def _first_beside(path: Path):
-    """Inside, an import finds what lies beside this file first, even where a module of ours has the same name; random
-    weights are the same each time. What the file changes for the whole process is put back."""
+    """Inside, an import finds what lies beside this file first, even where a module of ours has the same name, and
+    PyTorch's random weights are the same each time. What the file changes for the whole process is put back."""
     folder, before = path.resolve().parent, (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype())
     torch.manual_seed(0)
     ours = {}
     for name in sys.modules.keys() - sys.stdlib_module_names:
         top = folder / name.partition(".")[0]
-        file = Path(getattr(sys.modules[name], "__file__", None) or "nowhere").resolve()
-        beside = top.with_suffix(".py").is_file() or (top / "__init__.py").is_file()
-        if beside and file != top.with_suffix(".py") and top not in file.parents:
-            ours[name] = sys.modules.pop(name)
+        if top.with_suffix(".py").is_file() or (top / "__init__.py").is_file():
+            file = Path(getattr(sys.modules[name], "__file__", None) or "nowhere").resolve()
+            if file != top.with_suffix(".py") and top not in file.parents:
+                ours[name] = sys.modules.pop(name)
     sys.path.insert(0, str(folder))  # and stays: a forward may import, too
     try:
         yield

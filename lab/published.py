@@ -59,6 +59,12 @@ FIGURES = {
 }
 
 
+def figures_of(report: dict) -> dict:
+    """What the paper reports of what report.json is about: of whole defences, at its radius."""
+    comparable = eps_text(report["eps"]) == "8/255" and not report["config"].get("control")
+    return FIGURES.get(report["dataset"], {}) if comparable else {}
+
+
 def names_of(data_name: str) -> list[str]:
     """Of the classifiers that can be had for a data set: 'published', which is the paper's, and each one's own."""
     return ["published", *CLASSIFIERS[data_name]] if data_name in CLASSIFIERS else []
@@ -105,7 +111,7 @@ def side_by_side(reports: dict[str, dict], budget: Budget) -> str:
     """The same defence seen through several outputs, beside what the paper says of it; reports: view -> what its
     report.json holds."""
     first = next(iter(reports.values()))
-    figures, rows = FIGURES.get(first["dataset"], {}) if eps_text(first["eps"]) == "8/255" else {}, {}
+    figures, rows = figures_of(first), {}
     rows["classifier, clean"] = "classifier clean", lambda r: r["classifier"]["clean"]
     rows["CARSO, clean"] = "", lambda r: r["clean"]
     for name, attack in first["attacks"].items():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lab.audit import WHITE_BOX, during_attacks, signs_of_masking
 from lab.files import save_grid, write_text
 from lab.presets import budget_note, eps_text
-from lab.published import FIGURES
+from lab.published import figures_of
 from lab.target import Target, full_precision, hits
 from lab.units import CONTROLS
 
@@ -177,8 +177,7 @@ def percent(part: dict) -> str:
 
 
 def markdown(r: dict, e) -> str:
-    c, b = e.config, e.budget
-    published = {} if c.get("control") or eps_text(r["eps"]) != "8/255" else FIGURES.get(r["dataset"], {})
+    c, b, published = e.config, e.budget, figures_of(r)
     scored = "the model is deterministic: one answer says everything" if r["deterministic"] else (
         f"each the expectation over {b.draws} fresh draws of the noise after candidates raced over {b.select}, and "
         f"the attacks' worst over {2 * b.select} more"

@@ -29,9 +29,9 @@ def launched() -> tuple[int, int]:
     return rank, count
 
 
-def print_any_name() -> None:
-    """From now on what a terminal cannot show, in the name of a file, is spelled out instead of ending the script, and
-    what has no terminal at all goes nowhere."""
+def start_output() -> None:
+    """From now on what the terminal cannot show, in the name of a file, is spelled out instead of ending the script,
+    and where there is no terminal at all, what is said goes nowhere."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     with contextlib.suppress(AttributeError):  # whatever stands in for the terminal in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")

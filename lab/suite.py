@@ -90,9 +90,8 @@ def square(target, x, y, eps, b):
     without members, the mean of its logits."""
     from pyautoattack.square import SquareAttack
 
-    averaged = target.like_this(samples=target.samples * b.eot)
-    if not target.has_members:
-        averaged = lambda x: target.draws(x, b.eot, None).mean(1)  # noqa: E731
+    more = target.like_this(samples=target.samples * b.eot)
+    averaged = more if target.has_members else lambda x: target.draws(x, b.eot, None).mean(1)
     settings = dict(n_queries=b.queries, eps=eps, norm="Linf", device=x.device, verbose=False)
     with torch.no_grad():  # it would keep the graph of every query
         search = SquareAttack(averaged, seed=torch.initial_seed() % 2**31, **settings)

@@ -134,11 +134,13 @@ class Target(nn.Module):
         if len(x) * members <= self.limit:
             return answer(x) if z is None else answer(x, z)
         pieces = []
+
+        def again(x, *z):  # a copy, as the model may change its input, and is given it twice
+            return answer(x.clone(), *z)
+
         for rows, _, columns in self.parts(len(x), members, 1):
             part = (x[rows],) if z is None else (x[rows], z[rows, columns])
             with_graph = x.requires_grad and torch.is_grad_enabled()
-            # A copy, as the model may change its input, and is given it twice.
-            again = lambda x, *z: answer(x.clone(), *z)  # noqa: E731
             piece = checkpoint(again, *part, use_reentrant=False) if with_graph else answer(*part)
             if columns.start:
                 pieces[-1] = torch.cat([pieces[-1], piece], dim=1)

@@ -217,6 +217,7 @@ class Evaluation:
     # --------------------------------------------------------------------------------------------- who does which
 
     def begun(self, name: str) -> bool:
+        """Is there any unit of this attack in the folder?"""
         return any(self.file(name, start).is_file() for start in self.starts)
 
     def finished(self) -> list[str]:

@@ -365,6 +365,16 @@ def test_a_model_that_fails_under_attack_gets_a_sentence(folder, monkeypatch, ca
     assert re.search("strange.py:build failed under attack \\(two at most; .*strange.py, line 14\\)", output), output
 
 
+def test_a_defence_of_others_may_have_a_config_of_its_own(folder, monkeypatch, capsys):
+    (folder / "theirs.py").write_text(
+        "from conftest import fresh_carso\n\ndef build():\n"
+        "    carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)\n"
+        "    carso.config = {'theirs': 1}\n    return carso\n"
+    )
+    options = ["--model", "theirs.py:build", "--dataset", "digits", *TINY, "--attack", "clean", "--out", "their-config"]
+    assert "Audit passed" in here(evaluate, folder, options, monkeypatch, capsys)
+
+
 def test_a_control_is_of_the_same_classes_as_the_whole(folder, monkeypatch, capsys):
     carso, state = load_checkpoint(folder / "carso.pt")
     save_checkpoint(folder / "named.pt", carso, **state | {"classes": list("9876543210")})

@@ -26,7 +26,7 @@ from lab import bench, compare, plot, presets, report, torture
 from lab.checkpoints import load_checkpoint, load_published_classifier, save_checkpoint
 from lab.files import check_config
 from lab.ranks import start_ranks
-from lab.start import launched, print_any_name, start_device
+from lab.start import launched, start_device, start_output
 from models import WideResNet
 
 
@@ -294,7 +294,7 @@ def test_nasty_options_of_what_stands_beside(tmp_path, monkeypatch, capsys, scri
 
 def test_a_terminal_that_is_none():
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        print_any_name()
+        start_output()
         print("as in a notebook")
     assert said.getvalue() == "as in a notebook\n"
 
