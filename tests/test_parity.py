@@ -295,6 +295,13 @@ def test_a_public_classifier_is_fetched_by_its_name(bucket, monkeypatch):
         train.load_classifier("Nobody2020", args, cifar, p, ranks)
 
 
+def test_the_papers_figures_stand_only_beside_what_they_are_of():
+    whole = {"dataset": "cifar10", "eps": 8 / 255, "config": {"control": None}}
+    assert published.figures_of(whole) == published.FIGURES["cifar10"]
+    for other in ({"eps": 0.95}, {"config": {"control": "classifier"}}, {"dataset": "./cifar10"}):
+        assert published.figures_of(whole | other) == {}
+
+
 def test_every_published_name_has_an_address_and_an_accuracy():
     assert published.CLASSIFIERS.keys() == published.PURIFIERS.keys() == published.FIGURES.keys()
     for name, known in published.CLASSIFIERS.items():
