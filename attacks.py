@@ -6,9 +6,26 @@ the model's parameters never receive any, and its mode (train or eval) is left a
 """
 
 from fractions import Fraction
+from math import isclose
 
 import torch
 import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------ radii, in pixels
+
+
+def parse_eps(text: str) -> float:
+    """'8/255', '0.03', '1e-3' -> a number. Raises ValueError for anything else."""
+    try:
+        return float(Fraction(text))
+    except ArithmeticError:  # 1/0, 1e400
+        raise ValueError(f"{text} is not a number such as 8/255") from None
+
+
+def format_eps(eps: float) -> str:
+    """8/255 where it is one, else a decimal."""
+    return f"{round(255 * eps)}/255" if isclose(255 * eps, round(255 * eps), rel_tol=1e-6) else f"{eps:g}"
+
 
 # ------------------------------------------------------------------------------------------ losses, one per picture
 
@@ -86,7 +103,7 @@ def fgsm(model, x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
     """One step of length eps along the sign of the gradient (Goodfellow et al. 2015), no random start.
 
     Args: x (B, C, H, W) in [0, 1], y (B,), eps in pixels (8/255). Raises ValueError for pixels outside [0, 1]."""
-    _check(x, eps)
+    check_pictures(x, eps)
     return ascend(objective(model, y), x, x, eps, steps=1, step_size=eps)
 
 
@@ -102,12 +119,13 @@ def pgd(model, x, y, eps, steps, step_size, random_start=True, eot=1, loss="ce",
         noise: the random start, uniform in [-1, 1] and of x's shape; torch's global generator draws it when None.
     Raises ValueError for pixels outside [0, 1] or a negative radius.
     """
-    _check(x, eps)
+    check_pictures(x, eps)
     start = random_point(x, eps, noise) if random_start else x
     return ascend(objective(model, y, loss, eot), x, start, eps, steps, step_size)
 
 
-def _check(x: torch.Tensor, eps: float) -> None:
+def check_pictures(x: torch.Tensor, eps: float) -> None:
+    """Raises ValueError for pixels outside [0, 1] or a radius that is none."""
     if not 0 <= eps <= 1:
         raise ValueError(f"eps is a distance in pixels, between 0 and 1 (8/255, say), not {eps}")
     if x.numel() and not (x.min() >= 0 and x.max() <= 1):
@@ -115,52 +133,6 @@ def _check(x: torch.Tensor, eps: float) -> None:
             f"pictures must have their pixels in [0, 1]; these lie in [{x.min():.3g}, {x.max():.3g}]. Normalisation "
             "belongs inside the model"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------ APGD
-
-
-def apgd(objective, x: torch.Tensor, eps: float, steps: int, start: torch.Tensor):
-    """Auto-PGD (Croce and Hein 2020): momentum, and a step size that starts at 2 eps and is halved for each picture
-    whose loss has stopped growing, which then restarts from its best point. There is nothing to tune.
-
-    Unlike AutoAttack's own, it follows whatever average the objective makes over the draws of a stochastic model,
-    instead of the last draw's loss; it never stops at a lucky draw; and where a gradient is not finite it stays where
-    it is.
-
-    Args: objective: pictures -> losses (B,), gradient (B, C, H, W). start: a point of the eps-ball around x.
-    Returns: for each picture the point of the largest loss seen, and that loss.
-    """
-    window, shortest, shorter = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
-    column = (-1, 1, 1, 1)
-    current = previous = best = start.detach()
-    loss, gradient = objective(current)
-    best_loss, best_gradient = loss.nan_to_num(nan=-torch.inf), gradient.clone()
-    step_size = torch.full_like(loss, 2 * eps)
-    rises, since = torch.zeros_like(loss), 0  # steps that raised the loss since the last check, steps since then
-    halved, loss_at_check = torch.ones_like(loss, dtype=torch.bool), loss.clone()
-    for i in range(steps):
-        stride = project(current + step_size.view(column) * gradient.nan_to_num().sign(), x, eps)
-        momentum = 0.75 if i > 0 else 1.0
-        moved = project(current + momentum * (stride - current) + (1 - momentum) * (current - previous), x, eps)
-        previous, current = current, moved
-        last_loss = loss
-        loss, gradient = objective(current)
-        rises += (loss > last_loss).float()
-        better = loss > best_loss
-        best = torch.where(better.view(column), current, best)
-        best_gradient = torch.where(better.view(column), gradient, best_gradient)
-        best_loss = torch.where(better, loss, best_loss)
-        since += 1
-        if since == window:
-            stuck = (rises <= 0.75 * window) | (~halved & (best_loss <= loss_at_check))
-            step_size = torch.where(stuck, step_size / 2, step_size)
-            current = torch.where(stuck.view(column), best, current)
-            gradient = torch.where(stuck.view(column), best_gradient, gradient)
-            loss = torch.where(stuck, best_loss, loss)
-            halved, loss_at_check, rises, since = stuck, best_loss.clone(), torch.zeros_like(loss), 0
-            window = max(window - shorter, shortest)
-    return best, best_loss
 
 
 # ------------------------------------------------------------------------------- the adversarially-balanced batch
@@ -203,10 +175,10 @@ def adversarially_balanced_batch(
         first: this batch's first picture's number since the start of training; see `balanced_kinds`.
         noise: PGD's random start, uniform in [-1, 1], of x's shape; drawn from torch's global generator when None.
     """
-    _check(x, eps)
+    check_pictures(x, eps)
     if not 0 <= fraction <= 1:
         raise ValueError(f"the perturbed fraction is between 0 and 1, not {fraction}")
-    kinds = balanced_kinds(first, len(x), fraction).to(x.device)
+    kinds = balanced_kinds(first, len(x), fraction)  # on the CPU: there nothing is waited for
     rows = (kinds >= 0).nonzero().squeeze(1)
     if len(rows) == 0:
         return x.clone()
@@ -214,7 +186,7 @@ def adversarially_balanced_batch(
 
     kinds, clean, y, noise = kinds[rows], x[rows], y[rows], noise[rows]
     radius = eps * torch.where(kinds % 2 == 0, 0.5, 1.0).to(x)[:, None, None, None]
-    is_pgd = (kinds < 2)[:, None, None, None]
+    is_pgd = (kinds < 2).to(x.device)[:, None, None, None]
     start = torch.where(is_pgd, random_point(clean, radius, noise), clean)
     stride = torch.where(is_pgd, step_size, radius)
 
@@ -223,4 +195,4 @@ def adversarially_balanced_batch(
     if len(i) and steps > 1:  # FGSM is done after its first step
         climb = objective(classifier, y[i])
         adversarial[i] = ascend(climb, clean[i], adversarial[i], radius[i], steps - 1, step_size)
-    return x.index_copy(0, rows, adversarial)
+    return x.index_copy(0, rows.to(x.device), adversarial)

@@ -5,25 +5,32 @@
     data = load("mine.npz")                   # MedMNIST's keys
     data = load("pictures/")                  # train/CLASS/**, test/CLASS/** (or val/CLASS/**)
     data = load("tiny-imagenet-200.zip")      # Tiny ImageNet that you already have, as a zip or unpacked
+    data = load("test.npz", classes=names)    # test pictures alone, for a checkpoint that knows these classes
     for indices in batches(len(data.train_labels), 128, seed=0, epoch=3):
         x = pixels(data.train_images[indices])          # (B, C, H, W) in [0, 1]
 
 Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, and `note` says so.
-What makes no sense is refused with a ValueError that names the file: here, and in lab/pictures.py for picture files.
+Each source gives numpy arrays under MedMNIST's keys, and all pass through make_dataset, which refuses what makes no
+sense with a ValueError that names the file. At the end stand the functions that write files.
 """
 
+import contextlib
 import hashlib
+import http.client
 import json
 import math
+import os
+import shutil
+import tempfile
+import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from lab.files import download, lock, md5, write_npz
-from lab.pictures import is_tinyimagenet, read_folder, read_tinyimagenet, side
+from PIL import Image, ImageDraw, ImageOps
 
 NORMALISATION = {  # mean and standard deviation of the training pixels (paper, section 5.1)
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -34,6 +41,8 @@ NAMES = ("digits", *NORMALISATION)
 
 TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINYIMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # pictures in a folder
 
 
 @dataclass
@@ -96,224 +105,390 @@ def fingerprint(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) 
 # --------------------------------------------------------------------------------------------------------- loading
 
 
-def load(name_or_path, data_dir="data") -> Dataset:
+def load(name_or_path, data_dir="data", classes: list[str] | None = None) -> Dataset:
     """A data set by name (see NAMES) or by path; downloads and caches go to data_dir.
 
+    classes: the classes that a checkpoint was trained on. An .npz of test pictures alone needs them; train_images are
+    then empty, (0, C, H, W), and mean and std those of the test pictures. Other sources bring their own classes.
+
     Raises ValueError with one sentence that says what is wrong with a name, a file or its contents, and OSError
-    likewise when a download fails."""
-    name, data_dir = str(name_or_path), Path(data_dir)
-    path = Path(name)
+    likewise when a file cannot be downloaded or written."""
+    name, path, data_dir = str(name_or_path), Path(name_or_path), Path(data_dir).expanduser()
     if name == "digits":
-        return _digits()
+        return make_dataset(name, read_digits(), [str(digit) for digit in range(10)])
     if name in ("cifar10", "cifar100"):
-        return _cifar(name, data_dir)
+        return make_dataset(name, *read_cifar(name, data_dir))
     if name == "tinyimagenet":
-        archive = data_dir / "tiny-imagenet-200.zip"
-        download(TINYIMAGENET_URL, archive, TINYIMAGENET_MD5)
-        return _tinyimagenet(archive, data_dir)
+        return make_dataset(name, read_tinyimagenet(fetch_tinyimagenet(data_dir), data_dir))
     if path.is_dir():
-        return _folder(path)
-    suffix = path.suffix.lower()
-    if suffix == ".npz" and path.is_file():
-        return _npz(path)
-    if suffix == ".zip" and path.is_file():
-        return _tinyimagenet(path, data_dir)
-    a_path = suffix in (".npz", ".zip") or len(path.parts) > 1
-    what = "no data is read from" if path.exists() else f"there is no {'file' if a_path else 'data set'}"
-    raise ValueError(
-        f"{what} {name}; known are {', '.join(NAMES)}, or the path of an .npz, a folder, a Tiny ImageNet zip"
-    )
+        arrays, notes = read_folder(path)
+        return make_dataset("tinyimagenet" if list_annotated(path) else name, arrays, notes=notes)
+    if path.is_file() and path.suffix.lower() == ".npz":
+        arrays = read_npz(path)
+        return make_dataset(name, arrays, None if "train_images" in arrays else classes)
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return make_dataset("tinyimagenet", read_tinyimagenet(path, data_dir))
+    raise ValueError(f"{name} is none of {', '.join(NAMES)}, nor the path of an .npz, a folder or a Tiny ImageNet zip")
 
 
-def _digits() -> Dataset:
-    """UCI optical digits, 8x8 (see assets/README.md for source and licence), each pixel shown as a block
-    of 4x4 so that the same architecture serves."""
-    with np.load(Path(__file__).parent / "assets" / "digits.npz") as file:
-        arrays = dict(file)
-    for split in ("train", "test"):
-        small = torch.from_numpy(arrays[f"{split}_images"])[:, None].float() * (255 / 16)  # values 0 .. 16
-        large = F.interpolate(small, (32, 32), mode="nearest")
-        arrays[f"{split}_images"] = large.round().to(torch.uint8)
-    return _dataset("digits", arrays, [str(digit) for digit in range(10)])
-
-
-def _cifar(name: str, data_dir: Path) -> Dataset:
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    reader, arrays = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name], {}
-    for split in ("train", "test"):
-        try:
-            part = reader(str(data_dir), train=split == "train")  # verifies every file's md5
-        except RuntimeError:  # they are not all there, or not whole
-            archive = data_dir / reader.filename
-            download(reader.url, archive, reader.tgz_md5)
-            try:
-                with open(f"{archive}.lock", "ab") as held:
-                    lock(held, wait=True)  # of many processes one unpacks
-                    part = reader(str(data_dir), train=split == "train", download=True)
-            except RuntimeError as error:
-                raise OSError(f"{archive} could not be unpacked ({error})") from None
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = part.data, part.targets
-    return _dataset(name, arrays, part.classes)
-
-
-def _tinyimagenet(archive: Path, data_dir: Path) -> Dataset:
-    """The official zip, decoded once, then kept as arrays in data_dir."""
-    cache = data_dir / f"tiny-imagenet-{md5(archive)[:12]}.npz"
-    if not cache.is_file():
-        write_npz(cache, **read_tinyimagenet(archive))
-    arrays = _read_npz(cache, ["classes", *KEYS])
-    return _dataset("tinyimagenet", arrays, arrays["classes"].tolist())
-
-
-def _folder(path: Path) -> Dataset:
-    for root in (path, path / "tiny-imagenet-200"):
-        if is_tinyimagenet(root):
-            arrays = read_tinyimagenet(root)
-            return _dataset("tinyimagenet", arrays, arrays["classes"].tolist())
-    name = str(path) if str(path) not in NAMES else f"./{path}"  # somebody's folder, and not what has that name here
-    return _dataset(name, *read_folder(path))
-
-
-KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-
-def _npz(path: Path) -> Dataset:
-    """MedMNIST's keys: {train,test}_images uint8 (N, H, W) or (N, H, W, C), {train,test}_labels (N,) or (N, 1). Where
-    there is no test split, val serves. Whatever else is in the file is not looked at."""
-    return _dataset(str(path), _read_npz(path, KEYS))
-
-
-def _read_npz(path: Path, keys) -> dict[str, np.ndarray]:
-    """These arrays of an .npz, and no others, which may be of any kind. Nothing is ever unpickled."""
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """{train,test}_images and {train,test}_labels. Where there is no test split, val serves; there may be no training
+    split. Whatever else is in the file is not looked at."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            there = {key: key for key in file.files}
-            if "test_images" not in there:
-                there |= {key: key.replace("test", "val") for key in keys if key.replace("test", "val") in there}
-            if missing := [key for key in keys if key not in there]:
-                raise LookupError(f"it lacks {', '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")
-            arrays = {key: file[there[key]] for key in keys}
-            if strange := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise LookupError(f"{', '.join(strange)} is no array")
-            return arrays
-    except Exception as error:  # an .npy under this name, a broken zip, objects: numpy raises anything
-        if isinstance(error, ValueError) and "pickle" in str(error):  # numpy's advice to run what is in it
-            error = "it holds something else, or objects"
-        raise ValueError(f"{path} is not an .npz of plain arrays with MedMNIST's keys, or not whole: {error}") from None
+            keys = ["test_images", "test_labels"]
+            if "train_images" in file.files or "train_labels" in file.files:
+                keys += ["train_images", "train_labels"]
+            second = "test" if "test_images" in file.files else "val"
+            return {key: file[key.replace("test", second)] for key in keys}
+    except Exception as error:  # numpy raises anything, on a web page under this name, a broken zip, objects
+        raise ValueError(f"{path} is not a whole .npz of plain arrays with MedMNIST's keys ({error})") from None
 
 
-# --------------------------------------------------------------------------- from arrays to a checked data set
+def read_digits() -> dict[str, np.ndarray]:
+    """UCI optical digits, 8x8 (see assets/README.md for source and licence), each pixel shown as a block
+    of 4x4 so that the same architecture serves."""
+    arrays = read_npz(Path(__file__).parent / "assets" / "digits.npz")
+    for key in ("train_images", "test_images"):
+        small = np.rint(arrays[key] * (255 / 16)).astype(np.uint8)  # values 0 .. 16
+        arrays[key] = small.repeat(4, axis=1).repeat(4, axis=2)
+    return arrays
 
 
-def _dataset(name: str, arrays: dict, classes: list[str] | None = None, notes=()) -> Dataset:
-    """arrays: KEYS; images as uint8 tensors (N, C, H, W), or whatever _to_uint8 takes; labels are indices into classes,
-    or, where there are none, whatever _number takes."""
-    parts, notes = {}, list(notes)
-    for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], _labels(arrays[f"{split}_labels"], f"{name}: {split}_labels")
-        images = images if isinstance(images, torch.Tensor) else _to_uint8(images, f"{name}: {split}_images")
-        if len(images) != len(labels) or len(labels) == 0:
-            raise ValueError(f"{name} has {len(images)} {split} pictures and {len(labels)} labels")
-        found = tuple(images.shape[-2:])
-        size = side(*found, name)
-        if found != (size, size):
-            notes.append(f"the {split} pictures of {name} are resized from {found[0]}x{found[1]} to {size}x{size}")
-            images = torch.cat([_resize(part, size) for part in images.split(4096)])
-        parts[split] = [images.contiguous(), labels]
-    if parts["train"][0].shape[1:] != parts["test"][0].shape[1:]:
-        raise ValueError(f"{name}: training and test pictures have different shapes")
-    if classes is None:
-        classes = _number(name, parts, notes)
-    if len(classes) < 2:
-        raise ValueError(f"{name} has training pictures of one class only; a classifier needs two or more")
-    (train_images, train_labels), (test_images, test_labels) = (
-        (images, torch.from_numpy(labels)) for images, labels in parts.values()
-    )
-    if max(train_labels.max(), test_labels.max()) >= len(classes):
-        raise ValueError(f"{name}: labels must be whole numbers from 0 to {len(classes) - 1}")
-    numbers = torch.arange(len(test_labels))
-    if name not in NAMES and _in_order_of_classes(test_labels):  # or the first n pictures would be of one class
-        notes.append("the test pictures, which come in the order of their classes, are shuffled")
-        numbers = torch.randperm(len(test_labels), generator=torch.Generator().manual_seed(0))
-        test_images, test_labels = test_images[numbers], test_labels[numbers]
-    mean, std = NORMALISATION.get(name) or _mean_and_std(train_images)
-    tensors = train_images, train_labels, test_images, test_labels, numbers
-    return Dataset(name, *tensors, list(classes), mean, std, "; ".join(notes))
+def download(url: str, archive: Path, fetch) -> None:
+    """fetch(private folder) leaves whole files there, which then move to the folder of `archive` one by one: a file
+    that exists is whole, whoever was killed, and several processes at once only replace each file by its equal."""
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=archive.parent) as private:
+            fetch(Path(private))
+            for file in sorted(Path(private).rglob("*")):
+                target = archive.parent / file.relative_to(private)
+                if file.is_dir():
+                    target.mkdir(exist_ok=True)
+                else:
+                    os.replace(file, target)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: torchvision's for a wrong md5
+        raise OSError(f"{url} could not be downloaded ({error}); put the file at {archive} by hand") from None
 
 
-def _labels(labels, what: str) -> np.ndarray:
-    """(N,), or (N, 1) as MedMNIST has it, whole numbers or strings -> (N,)."""
-    labels = np.asarray(labels)
-    if labels.ndim > 1 and math.prod(labels.shape[1:]) > 1:
-        raise ValueError(f"{what} has several labels a picture, {labels.shape}; CARSO needs exactly one class each")
-    if labels.dtype.kind == "b":
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8", "replace")
-    if labels.dtype.kind in "iu" and 0 <= labels.min(initial=0) and labels.max(initial=0) < 2**63:
-        labels = labels.astype(np.int64)
-    elif labels.dtype.kind != "U":
-        raise ValueError(f"{what} must be whole numbers from 0 on, or names, one a picture (they are {labels.dtype})")
-    return labels.ravel()
+def read_cifar(name: str, data_dir: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """torchvision's download and reader, which unpickles no file before its md5 is verified -> arrays, classes."""
+    from torchvision.datasets import CIFAR10, CIFAR100  # not at the top: it would double the time of every start
+
+    reader = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    archive = data_dir / reader.filename
+
+    def fetch(folder):
+        if archive.is_file():  # put there by hand
+            shutil.copy(archive, folder)
+        reader(folder, download=True)
+
+    try:
+        train = reader(data_dir, train=True)
+    except RuntimeError:  # the files are not all there, or not whole
+        download(reader.url, archive, fetch)
+        train = reader(data_dir, train=True)
+    test = reader(data_dir, train=False)
+    arrays = {"train_images": train.data, "train_labels": train.targets}
+    return arrays | {"test_images": test.data, "test_labels": test.targets}, train.classes
 
 
-def _number(name: str, parts: dict, notes: list[str]) -> list[str]:
-    """Classes are the labels that the training pictures have, in order: their names. In `parts` each label becomes its
-    class's index."""
-    (_, labels), (_, tested) = parts["train"], parts["test"]
-    if labels.dtype.kind != tested.dtype.kind:
-        raise ValueError(f"{name}: train_labels are {labels.dtype}, and test_labels {tested.dtype}")
-    values, tested = np.unique(labels), np.unique(tested)
-    if len(unknown := np.setdiff1d(tested, values)):
-        raise ValueError(f"{name} has test pictures of classes without training pictures: {_some(unknown)}")
-    if len(untested := np.setdiff1d(values, tested)):
-        notes.append(f"there are no test pictures of {_some(untested)}")
-    if labels.dtype.kind == "i" and values[-1] != len(values) - 1:
-        notes.append(f"the labels of {name}, {_some(values)}, are taken as classes 0 to {len(values) - 1}")
-    for part in parts.values():
-        part[1] = np.searchsorted(values, part[1])
-    return [str(value) for value in values.tolist()]
+# --------------------------------------------------------------------------------------------------- Tiny ImageNet
 
 
-def _some(values: np.ndarray) -> str:
-    return ", ".join(map(str, values[:5].tolist())) + (", ..." if len(values) > 5 else "")
+def compute_md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
-def _in_order_of_classes(labels: torch.Tensor) -> bool:
-    """Do the pictures of each class follow each other?"""
-    return int((labels[1:] != labels[:-1]).sum()) == len(labels.unique()) - 1 and len(labels) > 1
+def fetch_tinyimagenet(data_dir: Path) -> Path:
+    """Path of the official zip in data_dir, verified."""
+    archive = data_dir / "tiny-imagenet-200.zip"
+    if not archive.is_file():
+        fetch = partial(torch.hub.download_url_to_file, TINYIMAGENET_URL)
+        download(TINYIMAGENET_URL, archive, lambda folder: fetch(str(folder / archive.name)))
+    if compute_md5(archive) != TINYIMAGENET_MD5:  # or it broke off: torch.hub does not notice
+        raise ValueError(f"{archive} is not the official file, or not whole (its md5 differs): delete it and run again")
+    return archive
 
 
-def _to_uint8(images, what: str) -> torch.Tensor:
-    """(N, H, W) or (N, H, W, C) -> (N, C, H, W) uint8. Floats in [0, 1] are taken as pixels."""
+def read_tinyimagenet(archive: Path, data_dir: Path) -> dict[str, np.ndarray]:
+    """The zip's pictures, decoded once, then kept as arrays in data_dir. Labels are the WNIDs; their alphabetical order
+    is that of the published classifiers' classes."""
+    cache = data_dir / f"tiny-imagenet-200-{compute_md5(archive)[:12]}.npz"
+    if not cache.is_file():
+        print(f"decoding the pictures of {archive}; this takes a minute or two, once", flush=True)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory(prefix=".tmp-", dir=data_dir) as folder:
+                file.extractall(folder)
+                arrays, _ = read_folder(Path(folder) / "tiny-imagenet-200")
+        except Exception as error:  # zipfile raises anything on a broken or encrypted file
+            raise ValueError(f"{archive} is not a zip of Tiny ImageNet, or not whole ({error})") from None
+        write_npz(cache, **arrays)
+    return read_npz(cache)
+
+
+def list_annotated(folder: Path) -> list[tuple[Path, str]]:
+    """The validation pictures of Tiny ImageNet's official layout, each with its WNID; none where the folder is another
+    one, or where somebody has sorted val/images into val/CLASS."""
+    images, annotations = folder / "val" / "images", folder / "val" / "val_annotations.txt"
+    if not annotations.is_file() or not any(images.glob("*")):
+        return []
+    lines = annotations.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = [line.split("\t") for line in lines if "\t" in line]
+    return [(images / row[0], row[1]) for row in rows]
+
+
+# --------------------------------------------------------------------------------------------- folders of pictures
+
+
+def convert_to_8_bits(picture: Image.Image, file_format: str) -> Image.Image:
+    """Mode L or RGB; transparency is shown on white. A range is the file format's, never the picture's own, which would
+    make all pictures equally bright."""
+    if picture.mode == "I;16" and file_format == "PNG" and not picture.has_transparency_data:
+        return Image.fromarray(np.rint(np.asarray(picture) * (255 / 65535)).astype(np.uint8))
+    if picture.mode[0] in "IF":  # a TIFF of 16 bits, too: perhaps only 12 of them are used
+        raise ValueError(f"{file_format} with numbers of no known range; save it with 8 bits, or as a PNG with 16")
+    mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert(mode)
+
+
+def read_picture(file: Path, size: int | None = None) -> Image.Image:
+    """The picture as it is meant to be seen, in mode L or RGB: upright, the first of several frames, size x size (if
+    not given, 32 or 64, whichever is nearer).
+
+    Raises ValueError, with the file's name, for what cannot be read or whose values have no known range."""
+    try:
+        with Image.open(file) as found:
+            picture = convert_to_8_bits(ImageOps.exif_transpose(found), found.format)
+    except Exception as error:  # Pillow raises anything, from SyntaxError to struct.error, on a broken file
+        raise ValueError(f"{file} cannot be read as a picture ({error}): mend or remove it") from None
+    nearest = choose_size(picture.height, picture.width, file)
+    return picture.resize([size or nearest] * 2, Image.Resampling.BILINEAR)
+
+
+def list_pictures(folder: Path, others: list[str]) -> list[tuple[Path, str]]:
+    """Every picture file in CLASS/ and its subfolders, with CLASS, in order. The names of other files go to `others`;
+    what a system or a notebook hides there (.ipynb_checkpoints, ._1.png, @eaDir) is not seen."""
+    pictures = []
+    for file in sorted(folder.glob("*/**/*")):
+        parts = file.relative_to(folder).parts
+        if file.is_dir() or any(part.startswith((".", "@")) for part in parts):
+            continue
+        if file.suffix.lower() in SUFFIXES:
+            pictures.append((file, parts[0]))
+        else:
+            others.append(file.name)
+    return pictures
+
+
+def read_folder(folder: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """train/CLASS/** and test/CLASS/** (or val/CLASS/**), with pictures of every class in both -> arrays, notes.
+
+    Sizes may differ: every picture is resized as the first training picture asks for. One colour picture makes the
+    whole set colour."""
+    others = []
+    train, test, val = (list_pictures(folder / split, others) for split in ("train", "test", "val"))
+    classes = {label for _, label in train}
+    if not classes & {label for _, label in test}:  # none, or Tiny ImageNet's, which have no labels
+        test = list_annotated(folder) or val or test
+    if not train or not test:
+        raise ValueError(f"{folder} should hold train/CLASS/* and test/CLASS/* (or val), *{', *'.join(SUFFIXES)}")
+    if alone := classes ^ {label for _, label in test}:
+        raise ValueError(f"{folder} has pictures of {list_some(sorted(alone))} in only one of the two splits: add some")
+
+    size, pictures = None, []
+    for file, _ in train + test:
+        pictures.append(read_picture(file, size))
+        size = pictures[0].width
+    mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
+    images = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
+    labels, n = np.array([label for _, label in train + test]), len(train)
+    arrays = {"train_images": images[:n], "train_labels": labels[:n]}
+    arrays |= {"test_images": images[n:], "test_labels": labels[n:]}
+    notes = [f"every picture of {folder} is used at {size}x{size}"]
+    if others:
+        notes.append(f"{len(others)} files are left out, which are no pictures ({list_some(others)})")
+    return arrays, notes
+
+
+# ------------------------------------------------------------------------------------- arrays of any source, checked
+
+
+def list_some(names: list) -> str:
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def choose_size(height: int, width: int, what) -> int:
+    """32 or 64, whichever is nearer. Raises ValueError where resizing would leave nothing of the picture."""
+    if min(height, width) < 8 or max(height, width) > 2 * min(height, width):
+        raise ValueError(f"{what}: {height}x{width} pixels; pictures should be roughly square and 8 pixels or more")
+    return 32 if max(height, width) <= 48 else 64
+
+
+def convert_images(images, what: str, notes: list[str]) -> torch.Tensor:
+    """(N, H, W) or (N, H, W, C), uint8 or floats in [0, 1] -> (N, C, size, size) uint8."""
     images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.size == 0:
         raise ValueError(f"{what} should have shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), not {images.shape}")
-    if images.dtype.kind == "f" and images.size:
-        if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
-            raise ValueError(
-                f"{what} are floats outside [0, 1] ({images.min():.3g} to {images.max():.3g}); give raw pixels, "
-                "not normalised ones"
-            )
-        parts = np.array_split(images, len(images) // 1024 + 1)  # or the whole set would stand there in float64
-        images = np.concatenate([np.rint(part.astype(np.float64) * 255).astype(np.uint8) for part in parts])
+    if images.dtype.kind == "f":
+        low, high = images.min(), images.max()
+        if not (low >= 0 and high <= 1):  # nor is NaN
+            raise ValueError(f"{what} are floats outside [0, 1], {low:.3g} to {high:.3g}: give raw pixels")
+        images = np.rint(images * 255.0).astype(np.uint8)
     if images.dtype != np.uint8:
-        raise ValueError(f"{what} should be uint8 pixels, not {images.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        raise ValueError(f"{what} should be uint8 pixels, or floats in [0, 1], not {images.dtype}")
+    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    height, width = images.shape[2:]
+    size = choose_size(height, width, what)
+    if (height, width) == (size, size):
+        return images
+    notes.append(f"{what} are resized from {height}x{width} to {size}x{size}")
+    resize = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    return torch.cat([resize(part.float()).round().clamp(0, 255).to(torch.uint8) for part in images.split(4096)])
 
 
-def _resize(images: torch.Tensor, side: int) -> torch.Tensor:
-    larger = F.interpolate(images.float(), (side, side), mode="bilinear", align_corners=False, antialias=True)
-    return larger.round().clamp(0, 255).to(torch.uint8)
+def convert_labels(labels, what: str) -> np.ndarray:
+    """(N,) or (N, 1), whole numbers from 0 on, or names -> (N,)."""
+    labels = np.asarray(labels)
+    if labels.shape[1:] == (1,):
+        labels = labels[:, 0]
+    whole = labels.dtype.kind in "iu" and labels.min(initial=0) >= 0
+    if labels.ndim != 1 or not (whole or labels.dtype.kind == "U"):
+        found = f"{labels.dtype} {labels.shape}"
+        raise ValueError(f"{what} should be one class a picture, whole numbers from 0 on or names, not {found}")
+    return labels
 
 
-def _mean_and_std(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Over all pixels, from the histogram of the 256 values of each channel."""
+def number_labels(labels: np.ndarray, classes: list[str], what: str) -> torch.Tensor:
+    """Each label's index in classes, (N,) int64. A label is a class's name; a whole number is its index, unless the
+    names are numbers themselves (of classes 1, 2, 3 the label 1 is the first)."""
+    if labels.dtype.kind == "U" or all(name.isdecimal() for name in classes):
+        labels, numbers = labels.astype(str), {name: k for k, name in enumerate(classes)}
+    else:
+        numbers = {k: k for k in range(len(classes))}
+    values, places = np.unique(labels, return_inverse=True)
+    if unknown := [value for value in values.tolist() if value not in numbers]:
+        raise ValueError(f"{what} have classes that were not trained on, {list_some(unknown)}: remove them")
+    return torch.tensor([numbers[value] for value in values.tolist()], dtype=torch.int64)[places]
+
+
+def measure_channels(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of all pixels in [0, 1], a number a channel, from histograms of the 256 values."""
     values = torch.arange(256, dtype=torch.float64) / 255
     shares = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(images.shape[1])]
     means = [float((n * values).sum() / n.sum()) for n in shares]
     stds = [float((n * (values - m).square()).sum() / n.sum()) ** 0.5 for n, m in zip(shares, means)]
-    return tuple(round(m, 4) for m in means), tuple(max(round(s, 4), 1e-3) for s in stds)
+    return tuple(round(m, 4) for m in means), tuple(round(s, 4) for s in stds)
+
+
+def make_dataset(name: str, arrays: dict, classes: list[str] | None = None, notes=()) -> Dataset:
+    """Check what a source holds, and bring it into one form.
+
+    arrays: {train,test}_images and {train,test}_labels, as convert_images and convert_labels take them. If classes are
+    given, the training split may be missing; if not, the training labels are the classes' names."""
+    images, labels, notes = {}, {}, list(notes)
+    for split in ("train", "test"):
+        if f"{split}_images" in arrays:
+            images[split] = convert_images(arrays[f"{split}_images"], f"{name}: {split}_images", notes)
+            labels[split] = convert_labels(arrays[f"{split}_labels"], f"{name}: {split}_labels")
+            if len(images[split]) != len(labels[split]):
+                raise ValueError(f"{name} has {len(images[split])} {split} pictures but {len(labels[split])} labels")
+    if classes is None:
+        if "train" not in labels:
+            raise ValueError(f"{name} has no training pictures: it serves only to evaluate a trained checkpoint")
+        classes = np.unique(labels["train"]).astype(str).tolist()
+        labels = {split: found.astype(str) for split, found in labels.items()}
+    if len(classes) < 2:
+        raise ValueError(f"{name} has training pictures of one class only; a classifier needs two or more")
+    labels = {split: number_labels(found, classes, f"{name}: {split}_labels") for split, found in labels.items()}
+    test_images, test_labels = images["test"], labels["test"]
+    train_images, train_labels = images.get("train", test_images[:0]), labels.get("train", test_labels[:0])
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise ValueError(f"{name}: training and test pictures differ in size or number of channels; make them alike")
+
+    if untested := sorted(set(range(len(classes))) - set(test_labels.tolist())):
+        notes.append(f"there are no test pictures of {list_some([classes[k] for k in untested])}")
+    numbers = torch.arange(len(test_labels))
+    if int((test_labels[1:] != test_labels[:-1]).sum()) == len(test_labels.unique()) - 1:
+        notes.append("the test pictures, which come in the order of their classes, are shuffled")
+        numbers = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
+    mean, std = NORMALISATION.get(name) or measure_channels(train_images if len(train_images) else test_images)
+    if flat := [channel for channel, deviation in enumerate(std) if deviation < 0.01]:
+        notes.append(f"(nearly) constant, and so not scaled: channel {list_some(flat)}")
+        std = tuple(1.0 if channel in flat else deviation for channel, deviation in enumerate(std))
+    tensors = train_images, train_labels, test_images[numbers], test_labels[numbers], numbers
+    return Dataset(name, *tensors, list(classes), mean, std, "; ".join(notes))
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def write_atomically(path, write) -> None:
+    """write(temporary path), then rename: a file that exists is whole, and a failure leaves the previous one alone.
+
+    Raises OSError with one sentence that names the file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or after a power cut the name could stand for an empty file
+        os.replace(temporary, path)  # only now that it is closed: Windows renames no open file
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's own for a full disk
+        raise OSError(f"{path} could not be written ({error}); is the disk full?") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path, text: str) -> None:
+    """In UTF-8, whatever the machine's own; what a path may hold and UTF-8 may not is spelled out."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "backslashreplace")))
+
+
+def write_npz(path, **arrays) -> None:
+    def write(temporary):
+        with open(temporary, "wb") as file:  # given a name, savez would add a suffix to it
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
+
+
+def check_config(path, config: dict, option: str) -> None:
+    """A folder holds one configuration, plain values: compare it with the one at path, or write it where there is none.
+
+    Raises ValueError with the fields that differ, and the option that chooses another folder."""
+    path, config = Path(path), json.loads(json.dumps(config))
+    if not path.is_file():
+        write_text(path, json.dumps(config, indent=1))
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is damaged: delete it, or choose another {option}") from None
+    different = [key for key in there | config if there.get(key) != config.get(key)]
+    if different:
+        text = "; ".join(f"{key}: {there.get(key)} there, {config.get(key)} now" for key in different)
+        raise ValueError(f"{path.parent} holds other settings ({text}): choose another {option}")
+
+
+def save_pictures(path, tiles: torch.Tensor, headings=()) -> None:
+    """Pictures (rows, columns, C, H, W) in [0, 1] as one PNG of twice the size, white lines between them; above each
+    column its heading, if there are any. (By hand, because torchvision would double the time of every start.)"""
+    lined = F.pad(tiles.cpu(), (2, 0, 2, 0), value=1.0)
+    grid = lined.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (C, rows height, columns width)
+    grid = F.pad(grid, (0, 2, 0, 2), value=1.0).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    picture = Image.fromarray((255 * grid).round().byte().permute(1, 2, 0).squeeze(2).numpy())
+    if headings:
+        picture = ImageOps.expand(picture, (0, 14, 0, 0), "white")
+        for k, heading in enumerate(headings):
+            ImageDraw.Draw(picture).text((2 * lined.shape[-1] * k + 4, 1), heading, "black")
+    write_atomically(path, lambda temporary: picture.save(temporary, format="png"))

@@ -10,12 +10,17 @@ Training (paper, section 4.1): the encoder and the classifier see the *perturbed
 Inference: S draws of z from the prior, S reconstructions, the same classifier labels each, `aggregate` makes one
 answer.
 
+    carso = build_carso(classifier, layers, image_shape=(3, 32, 32))      # around any classifier, untrained
+    carso, state = load_carso("runs/cifar10/carso.pt")                    # as train.py left it
+    logits = carso(x)                                                     # (B, C, H, W) in [0, 1] -> (B, K)
+
 Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D condition; a representation is a list of
 (B, c_i, h_i, w_i).
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,17 +29,45 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from aggregate import robust_logits
-from models import record, statistics_kept
+from models import (
+    FUSED_ON,
+    PUBLISHED,
+    WideResNet,
+    fetch,
+    load_classifier,
+    load_tensors,
+    load_weights,
+    normalise_and_activate,
+    record,
+    representation_layers,
+    save_tensors,
+)
 
 # ---------------------------------------------------------------------------------------------------------- blocks
 
 
+class ConvBlock(nn.Sequential):
+    """A convolution or a transposed one, BatchNorm2d, LeakyReLU."""
+
+    def __init__(self, convolution: nn.Module):
+        super().__init__(convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(0.2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or x.device.type not in FUSED_ON:
+            return super().forward(x)
+        return normalise_and_activate(self[1], self[0](x), leaky_relu)
+
+
+def leaky_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
 def conv_block(in_channels: int, out_channels: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride, padding, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.LeakyReLU(0.2),
-    )
+    return ConvBlock(nn.Conv2d(in_channels, out_channels, 3, stride, padding, bias=False))
+
+
+def deconv_block(in_channels: int, out_channels: int, output_padding: int) -> nn.Sequential:
+    return ConvBlock(nn.ConvTranspose2d(in_channels, out_channels, 3, 2, 1, output_padding, bias=False))
 
 
 def fc_block(in_features: int, out_features: int) -> nn.Sequential:
@@ -43,18 +76,25 @@ def fc_block(in_features: int, out_features: int) -> nn.Sequential:
     )
 
 
-def deconv_block(in_channels: int, out_channels: int, output_padding: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.ConvTranspose2d(in_channels, out_channels, 3, 2, 1, output_padding, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.LeakyReLU(0.2),
-    )
-
-
 def layer_encoder(channels: int, convolutions: int) -> nn.Sequential:
     """One tapped layer's CNN (tables 6 and 7): c -> c/2 -> c/4 -> c/8 (-> c/16), rounded up, 3x3, no padding."""
     widths = [-(-channels // 2**i) for i in range(convolutions + 1)]
     return nn.Sequential(*(conv_block(a, b) for a, b in zip(widths, widths[1:])))
+
+
+@contextmanager
+def statistics_kept(network: nn.Module):
+    """Inside, BatchNorm in training mode does not count the pictures in its running statistics: it saw them before."""
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer, layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+    try:
+        for layer in layers:
+            layer.momentum = 0.0
+        yield
+    finally:
+        for layer, momentum, counter in before:
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(counter)
 
 
 # The two geometries of the paper, by image size:
@@ -285,14 +325,15 @@ class CARSO(nn.Module):
 
 
 def build_carso(
-    classifier: nn.Module, layers: list[str], image_shape, samples: int = 8, mean=None, std=None, **sizes
-) -> CARSO:
+    classifier: nn.Module, layers: list[str], image_shape, samples: int = 8, condition_dim: int = 512,
+    latent_dim: int = 128, decoder_width: int = 256, mean=None, std=None,
+) -> CARSO:  # fmt: skip
     """CARSO with a fresh purifier that fits this classifier, which may be any nn.Module from pixels to logits.
 
     Args:
         layers: names of modules that put out maps (B, c, h, w); image_shape: (C, H, W).
+        condition_dim, latent_dim, decoder_width: of the Purifier; default: the paper's for 32x32 pictures.
         mean, std: of the training data, a number a channel; default: those that a WideResNet holds.
-        sizes: Purifier's remaining arguments, condition_dim, latent_dim, decoder_width.
     Raises ValueError: a layer is missing or its maps are too small; mean and std are not known.
     """
     known = getattr(classifier, "config", {})
@@ -305,4 +346,92 @@ def build_carso(
         _, representation = record(classifier.eval(), layers, picture)
     classifier.train(was_training)
     shapes = [layer.shape[1:] for layer in representation]
-    return CARSO(classifier, Purifier(shapes, image_shape, mean=mean, std=std, **sizes), layers, samples)
+    purifier = Purifier(shapes, image_shape, condition_dim, latent_dim, mean, std, decoder_width)
+    return CARSO(classifier, purifier, layers, samples)
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+def save_carso(path, carso: CARSO, **state) -> None:
+    """One file that needs nothing else: constructors' arguments, weights, and `state`, which may hold plain types and
+    tensors only. Raises ValueError for a classifier that is no WideResNet, OSError where the file cannot be written."""
+    networks = {"classifier": carso.classifier, "purifier": carso.purifier, "final": carso.final}
+    for name, network in networks.items():
+        if network is not None and not isinstance(network, (WideResNet, Purifier)):
+            raise ValueError(f"{path}: the {name} is no WideResNet and cannot be built again: keep its state_dict()")
+    content = {"layers": carso.layers, "samples": carso.samples, "own_answer": carso.own_answer, "state": state}
+    content |= {name: network and network.config for name, network in networks.items()}
+    content |= {f"{name}_weights": network and network.state_dict() for name, network in networks.items()}
+    save_tensors(path, content)
+
+
+def is_carso(path) -> bool:
+    """True if this file is one of save_carso's, False for any other file of tensors."""
+    return "purifier_weights" in load_tensors(path)
+
+
+def load_carso(path, device="cpu") -> tuple[CARSO, dict]:
+    """The defence that `save_carso` wrote, in eval mode on `device`, and its `state`. No code of the file is run.
+
+    Raises ValueError if the file is missing, damaged, or no CARSO."""
+    content = load_tensors(path)
+    if "purifier_weights" not in content:
+        raise ValueError(f"{path} is not a CARSO (train.py writes one as runs/NAME/carso.pt)")
+    networks = {}
+    for name, kind in (("classifier", WideResNet), ("purifier", Purifier), ("final", WideResNet)):
+        networks[name] = content[name] and kind(**content[name])
+        if networks[name] is not None:
+            load_weights(networks[name], content[f"{name}_weights"], path)
+    rest = {name: content[name] for name in ("layers", "samples", "own_answer")}
+    return CARSO(**networks, **rest).to(device), content["state"]
+
+
+PUBLISHED_PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
+PUBLISHED_PREFIX = {  # of the authors' files, which lie beside the paper's classifier
+    "cifar10": "wrn_28_10_cifar_10_cui_2023_",
+    "cifar100": "wrn_28_10_cifar_100_cui_2023_",
+    "tinyimagenet": "wrn_28_10_tinyimagenet_200_wang_2023_",
+}
+
+
+def fetch_published(dataset: str, data_dir) -> Path:
+    """The folder with the authors' released defence for a data set, downloaded into data_dir. Raises OSError."""
+    classifier, _ = next(iter(PUBLISHED[dataset].values()))
+    folder, place = Path(data_dir) / "published" / f"carso-{dataset}", classifier.rpartition("/")[0]
+    for part in PUBLISHED_PARTS:
+        fetch(f"{place}/{PUBLISHED_PREFIX[dataset]}{part}.safetensors", folder)
+    return fetch(classifier, folder).parent
+
+
+def load_published(folder, num_classes: int, image_shape, mean, std, samples: int = 8) -> CARSO:
+    """The authors' released defence, from the folder that holds their four safetensors files: the classifier's, and
+    those whose names end with PUBLISHED_PARTS. D, Z and the widths are read off the tensors.
+
+    They published the parts that inference needs, without the encoder: such a purifier cannot be trained further.
+    Raises ValueError, with the file's name, for anything else."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    paths = {part: [file for file in files if file.stem.endswith(part)] for part in PUBLISHED_PARTS}
+    paths["classifier"] = [file for file in files if not file.stem.endswith(PUBLISHED_PARTS)]
+    for part, found in paths.items():
+        if len(found) != 1:
+            raise ValueError(f"{folder} should hold one .safetensors file of the {part}, not {len(found)}")
+    classifier = load_classifier(paths["classifier"][0], num_classes, mean, std)
+    weights = {part: load_tensors(paths[part][0]) for part in PUBLISHED_PARTS}
+    try:
+        condition_dim = weights["repr_fcn_compressor"]["1.0.weight"].shape[0]
+        latent_dim = weights["decoder"]["0.1.weight"].shape[1] - condition_dim
+        decoder_width = weights["decoder"]["1.0.weight"].shape[0]
+    except KeyError as missing:
+        raise ValueError(f"{folder} is not the authors' purifier: there is no tensor {missing}") from None
+    layers = representation_layers(classifier.config["depth"])
+    carso = build_carso(classifier, layers, image_shape, samples, condition_dim, latent_dim, decoder_width, mean, std)
+    modules = carso.purifier.layer_encoders, carso.purifier.condition_head, carso.purifier.decoder
+    # Their FC block follows a flattening layer (0), their decoder's Linear a concatenation (0.0).
+    for part, module, (theirs, ours) in zip(PUBLISHED_PARTS, modules, (("", ""), ("1.", ""), ("0.1.", "0.0."))):
+        renamed = {
+            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
+            for name, tensor in weights[part].items()
+        }
+        load_weights(module, renamed, paths[part][0])
+    return carso.eval()

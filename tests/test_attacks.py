@@ -8,6 +8,7 @@ from conftest import golden, picture
 from torch import nn
 from torch.testing import assert_close
 
+import attacks
 from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, dlr, fgsm, objective, pgd
 
 EPS = 8 / 255
@@ -47,6 +48,39 @@ def test_pictures_equal_the_reference(wrn_10_2, name, eps):
     np.testing.assert_allclose(losses(wrn_10_2, adversarial, y), want[f"ce_{name}"], rtol=1e-4)
 
 
+def margin(logits, y):
+    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("loss", ["ce", margin])
+def test_equal_plain_loops(loss):
+    """In float64, where no sign of a gradient is a rounding."""
+    weight, (x, y) = torch.randn(5, 3 * 8 * 8, dtype=torch.double), pictures()
+    x, noise = x.double(), 2 * torch.rand(6, 3, 8, 8, dtype=torch.double) - 1
+    model = lambda x: 3 * (x.flatten(1) @ weight.T).sin()  # noqa: E731 (far from linear)
+
+    def plain(start, steps, step_size):
+        now = start.clamp(0, 1)
+        for _ in range(steps):
+            now.requires_grad_()
+            value = F.cross_entropy(model(now), y, reduction="sum") if loss == "ce" else margin(model(now), y).sum()
+            now = now.detach() + step_size * torch.autograd.grad(value, now)[0].sign()
+            now = now.clamp(x - EPS, x + EPS).clamp(0, 1)
+        return now
+
+    assert_close(pgd(model, x, y, EPS, 7, 0.01, loss=loss, noise=noise), plain(x + EPS * noise, 7, 0.01))
+    assert_close(pgd(model, x, y, EPS, 7, 0.01, random_start=False, loss=loss), plain(x, 7, 0.01))
+    if loss == "ce":
+        assert_close(fgsm(model, x, y, EPS), plain(x, 1, EPS))
+
+
+def test_random_starts_fill_the_ball():
+    x, y = torch.full((6, 3, 8, 8), 0.5), pictures()[1]
+    start = (pgd(Linear(), x, y, EPS, 0, 0.01) - x) / EPS
+    assert start.min() < -0.97 and start.max() > 0.97 and start.mean().abs() < 0.05
+    assert not torch.equal(pgd(Linear(), x, y, EPS, 0, 0.01), pgd(Linear(), x, y, EPS, 0, 0.01))
+
+
 @pytest.mark.parametrize("attack", ["fgsm", "pgd", "pgd without start", "balanced"])
 @pytest.mark.parametrize("eps", [0.0, EPS, 0.5, 1.0])
 def test_stays_in_the_ball_and_in_the_picture(wrn_10_2, attack, eps):
@@ -83,27 +117,46 @@ def test_pgd_reaches_the_exact_optimum_of_a_linear_model():
 def test_parameters_never_receive_gradients_and_modes_stay():
     model = Linear().train()
     x, y = pictures()
-    fgsm(model, x, y, EPS), pgd(model, x, y, EPS, 2, 0.01), adversarially_balanced_batch(model, x, y, EPS, 0.5)
+    with torch.no_grad():  # attacks compute gradients all the same
+        changed = fgsm(model, x, y, EPS), pgd(model, x, y, EPS, 2, 0.01, random_start=False)
+    assert all((adversarial != x).any() for adversarial in changed)
+    adversarially_balanced_batch(model, x, y, EPS, 0.5)
     assert model.weight.grad is None and model.weight.requires_grad and model.training
 
 
-def test_eot_averages_gradients_over_draws():
-    class Noisy(Linear):
-        """Adds draw number i's fixed noise to the weights, so that the mean gradient is known."""
+class Noisy(Linear):
+    """Multiplies the weights by the number of the evaluation, 1, 2, ..., so that the mean gradient is known."""
 
-        calls = 0
+    def __init__(self, at_once=1):
+        super().__init__()
+        self.calls, self.at_once = 0, at_once
 
-        def forward(self, x):
-            self.calls += 1
-            return x.flatten(1) @ (self.weight * self.calls).T
+    def forward(self, x):
+        numbers = self.at_once * self.calls + torch.arange(self.at_once) + 1
+        self.calls += 1
+        logits = super().forward(x)[:, None] * numbers[:, None]
+        return logits if self.at_once > 1 else logits[:, 0]
 
+
+@pytest.mark.parametrize("eot, at_once", [(4, 1), (2, 2), (1, 4)])
+def test_eot_averages_over_evaluations_one_by_one_or_at_once(eot, at_once):
     x, y = pictures()
-    plain = []
+    plain, values = [], []
     for scale in (1, 2, 3, 4):
         lead = x.clone().requires_grad_()
-        loss = F.cross_entropy(lead.flatten(1) @ (Linear().weight * scale).T, y, reduction="sum")
-        plain.append(torch.autograd.grad(loss, lead)[0])
-    assert_close(objective(Noisy(), y, eot=4)(x)[1], torch.stack(plain).mean(0))
+        value = F.cross_entropy(lead.flatten(1) @ (Linear().weight * scale).T, y, reduction="none")
+        values.append(value.detach())
+        plain.append(torch.autograd.grad(value.sum(), lead)[0])
+    value, gradient = objective(Noisy(at_once), y, eot=eot)(x)
+    assert_close(value, torch.stack(values).mean(0))
+    assert_close(gradient, torch.stack(plain).mean(0))
+
+
+def test_a_model_that_does_not_look_has_the_gradient_zero():
+    x, y = pictures()
+    value, gradient = objective(lambda x: torch.eye(3)[y], y)(x)
+    assert_close(value, F.cross_entropy(torch.eye(3)[y], y, reduction="none"))
+    assert torch.equal(gradient, torch.zeros_like(x))
 
 
 def test_dlr_is_the_published_formula():
@@ -117,24 +170,24 @@ def test_dlr_is_the_published_formula():
     assert_close(dlr(5 * logits + 3, y), dlr(logits, y))
     two = torch.tensor([[1.0, 3.0]], requires_grad=True)
     assert torch.autograd.grad(dlr(two, torch.tensor([1])).sum(), two)[0].tolist() == [[1.0, -1.0]]
+    assert_close(dlr(torch.tensor([[1.0, 3.0, 7.0]]), torch.tensor([0])), torch.tensor([6.0]))  # K = 3, true class last
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        dict(eps=-0.1),
-        dict(eps=8),
-        dict(x=torch.full((6, 3, 8, 8), 1.5)),
-        dict(x=torch.full((6, 3, 8, 8), float("nan"))),
-    ],
-)
-def test_nonsense_is_refused(wrong):
+def test_nonsense_is_refused():
     x, y = pictures()
-    arguments = dict(x=x, y=y, eps=EPS) | wrong
-    with pytest.raises(ValueError, match="pixels"):
-        fgsm(Linear(), **arguments)
-    with pytest.raises(ValueError, match="pixels"):
-        adversarially_balanced_batch(Linear(), **arguments, fraction=0.5)
+    for pixel, eps in ((0.5, -0.1), (0.5, 8), (0.5, torch.nan), (1.5, EPS), (-0.5, EPS), (torch.nan, EPS)):
+        for attack, more in ((fgsm, ()), (pgd, (1, 0.01)), (adversarially_balanced_batch, (0.5,))):
+            with pytest.raises(ValueError, match="pixels"):
+                attack(Linear(), torch.full_like(x, pixel), y, eps, *more)
+
+
+def test_eps_is_typed_and_printed_as_people_do():
+    assert [attacks.parse_eps(text) for text in ("8/255", "0.03", "1e-3")] == [8 / 255, 0.03, 0.001]
+    texts = {8 / 255: "8/255", 0.03: "0.03", 0.2: "51/255", 0: "0/255", 1e-9: "1e-09"}
+    assert [attacks.format_eps(eps) for eps in texts] == list(texts.values())
+    for text in ("", "8/", "1/0", "1e400", "nan", "inf", "eight"):
+        with pytest.raises(ValueError):
+            attacks.parse_eps(text)
 
 
 # ------------------------------------------------------------------------------------- the adversarially-balanced batch
@@ -173,6 +226,18 @@ def test_balanced_batch_equals_the_four_attacks_one_by_one(wrn_10_2):
         assert ((ours[i : i + 1] - expected).abs() <= 1e-6).float().mean() >= 0.999, f"picture {i}, kind {kind}"
 
 
-def test_fraction_zero_perturbs_nothing():
+def test_fraction_zero_perturbs_nothing_and_others_than_fractions_are_refused():
     x, y = pictures()
     assert torch.equal(adversarially_balanced_batch(Linear(), x, y, EPS, 0.0), x)
+    for fraction in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="fraction"):
+            adversarially_balanced_batch(Linear(), x, y, EPS, fraction)
+
+
+def test_the_balanced_batch_in_bf16(tiny_carso):
+    x, y, noise = torch.rand(8, 1, 32, 32), torch.arange(8) % 5, torch.zeros(8, 1, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        attacked = adversarially_balanced_batch(tiny_carso.classifier, x, y, 0.1, 1.0, steps=3, noise=noise)
+    assert attacked.dtype == torch.float32 and (attacked - x).abs().max() <= 0.1 + 1e-6
+    before, after = (objective(tiny_carso.classifier, y)(pictures)[0].sum() for pictures in (x, attacked))
+    assert after > before

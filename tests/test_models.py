@@ -1,25 +1,24 @@
-"""The classifier and the recording hooks."""
+"""The classifier against the reference, the hooks that record its representation, and files of weights."""
 
-import argparse
 import json
 import os
 import pickle
-import shutil
-import subprocess
-import sys
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TESTS, formula_classifier, golden, picture
+from conftest import TESTS, formula_classifier, golden, picture
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.functional import silu
 from torch.testing import assert_close
 
-import data
-from lab.checkpoints import PUBLISHED_DATA, fingerprint_of, load_published_classifier
-from lab.foreign import Foreign, check_answers, load_function
-from models import CIFAR10_MEAN, CIFAR10_STD, WideResNet, record, representation_layers
+import models
+from models import PUBLISHED, WideResNet, hash_weights, load_classifier, record, representation_layers
+
+# ----------------------------------------------------------------------------------- the network, and the paper's
 
 
 @pytest.mark.parametrize("file, depth, width", [("wrn28_10", 28, 10), ("wrn10_2", 10, 2)])
@@ -48,36 +47,6 @@ def test_logits_of_wrn_28_10():
     assert np.abs(logits.double().numpy() - expected).max() / np.abs(expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("depth, width, channels, size, classes", [(10, 1, 1, 32, 7), (16, 1, 3, 64, 200)])
-def test_other_sizes(depth, width, channels, size, classes):
-    network = WideResNet(classes, depth, width, channels)
-    assert network(torch.rand(2, channels, size, size)).shape == (2, classes)
-
-
-@pytest.mark.parametrize(
-    "wrong", [dict(depth=27), dict(mean=(0.5,), std=(0.5,)), dict(in_channels=1, mean=(1, 2), std=(1, 2))]
-)
-def test_wrong_arguments_are_refused(wrong):
-    with pytest.raises(ValueError):
-        WideResNet(10, **wrong)
-
-
-def test_wrong_channel_count_is_refused(wrn_10_2):
-    with pytest.raises(ValueError, match="expected pictures"):
-        wrn_10_2(torch.rand(2, 1, 32, 32))
-
-
-def test_gradients_of_pictures_are_contiguous(wrn_10_2):
-    """AutoAttack calls view() on them; the layers inside are channels-last."""
-    x = picture("x", (2, 3, 32, 32)).requires_grad_()
-    logits, representation = record(wrn_10_2, representation_layers(10), x)
-    assert representation[0].is_contiguous(memory_format=torch.channels_last)
-    assert torch.autograd.grad(logits.sum(), x)[0].is_contiguous()
-
-
-# ------------------------------------------------------------------------------------------------ the representation
-
-
 def test_the_26_layers_of_the_paper():
     layers = representation_layers(28)
     assert len(layers) == 26
@@ -94,324 +63,292 @@ def test_representation_equals_the_reference(wrn_10_2):
     with torch.no_grad():
         logits, representation = record(wrn_10_2, layers, picture("x", (8, 3, 32, 32)))
     assert_close(logits, torch.from_numpy(want["logits"]), rtol=1e-4, atol=1e-5)
+    assert all(layer.is_contiguous(memory_format=torch.channels_last) for layer in representation)
     assert [list(layer.shape[1:]) for layer in representation] == want["repr_shapes"].tolist()
     np.testing.assert_allclose([layer.mean() for layer in representation], want["repr_means"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose([layer.std() for layer in representation], want["repr_stds"], rtol=1e-4)
 
 
-def hook_count(module):
+def test_other_sizes():
+    for depth, channels, size, classes in ((10, 1, 32, 7), (16, 3, 64, 200)):
+        network = WideResNet(classes, depth, 1, channels)
+        assert network(torch.rand(2, channels, size, size)).shape == (2, classes)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(depth=27), dict(mean=(0.5,), std=(0.5,)), dict(in_channels=1, mean=(1, 2), std=(1, 2))]
+)
+def test_wrong_arguments_are_refused(wrong):
+    with pytest.raises(ValueError):
+        WideResNet(10, **wrong)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (3, 32, 32)])
+def test_what_is_no_batch_of_pictures_is_refused(wrn_10_2, shape):
+    with pytest.raises(ValueError, match="expected pictures"):
+        wrn_10_2(torch.rand(shape))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [False, True])
+def test_normalise_and_activate_is_batchnorm_and_silu(training, memory_format):
+    theirs, ours = nn.BatchNorm2d(5).double(), nn.BatchNorm2d(5).double()
+    for tensor in theirs.state_dict().values():
+        tensor.copy_(torch.rand_like(tensor, dtype=torch.double) + 0.5)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 5, 3, 3, dtype=torch.double).contiguous(memory_format=memory_format).requires_grad_()
+    results = []
+    for layer in (theirs.train(training), ours.train(training)):
+        out = models.normalise_and_activate(ours, x) if layer is ours else silu(theirs(x))
+        assert out.is_contiguous(memory_format=memory_format)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, layer.weight, layer.bias])])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b)
+    assert_close(theirs.state_dict(), ours.state_dict())
+
+
+def test_gradients_of_pictures_are_contiguous(wrn_10_2):
+    """AutoAttack calls view() on them; the layers inside are channels-last."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = picture("x", (2, 3, 32, 32)).contiguous(memory_format=memory_format).requires_grad_()
+        assert torch.autograd.grad(wrn_10_2(x).sum(), x)[0].is_contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ the representation
+
+LAYERS = representation_layers(10)
+
+
+def count_hooks(module):
     return sum(len(m._forward_hooks) for m in module.modules())
 
 
 def test_recording_is_differentiable_and_follows_no_grad(wrn_10_2):
     x = picture("x", (2, 3, 32, 32)).requires_grad_()
-    for layer in record(wrn_10_2, representation_layers(10), x)[1]:
+    for layer in record(wrn_10_2, LAYERS, x)[1]:
         (gradient,) = torch.autograd.grad(layer.sum(), x, retain_graph=True)
         assert gradient.abs().sum() > 0
     with torch.no_grad():
-        assert not any(layer.requires_grad for layer in record(wrn_10_2, representation_layers(10), x)[1])
+        assert not any(layer.requires_grad for layer in record(wrn_10_2, LAYERS, x)[1])
 
 
-def test_hooks_are_removed_after_success_and_after_an_exception(wrn_10_2):
-    layers = representation_layers(10)
-    record(wrn_10_2, layers, picture("x", (2, 3, 32, 32)))
-    assert hook_count(wrn_10_2) == 0
-    with pytest.raises(ValueError):
-        record(wrn_10_2, layers, torch.rand(2, 1, 32, 32))
-    assert hook_count(wrn_10_2) == 0
-    with pytest.raises(ValueError, match="no layer named layer.9"):
-        record(wrn_10_2, [*layers, "layer.9"], picture("x", (2, 3, 32, 32)))
-    assert hook_count(wrn_10_2) == 0
+def test_hooks_are_removed_whatever_happens(wrn_10_2):
+    x = picture("x", (2, 3, 32, 32))
+    record(wrn_10_2, LAYERS, x)
+    assert count_hooks(wrn_10_2) == 0
+    wrn_10_2.unused = nn.Identity()
+    for layers, pictures, sentence in (
+        (LAYERS, torch.rand(2, 1, 32, 32), "expected pictures"),
+        ([*LAYERS, "layer.9"], x, "no layer named layer.9"),
+        ([*LAYERS, "unused"], x, "did not run unused"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            record(wrn_10_2, layers, pictures)
+        assert count_hooks(wrn_10_2) == 0
 
 
-def test_recording_twice_and_nested_keeps_each_to_its_own(wrn_10_2):
-    """A recording started from inside a forward that is itself being recorded disturbs neither."""
-    layers, inner = representation_layers(10), {}
-    x, other = picture("x", (2, 3, 32, 32)), picture("other", (1, 3, 32, 32))
-    alone, other_alone = record(wrn_10_2, layers, x)[1], record(wrn_10_2, layers, other)[1]
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_recording_inside_another_disturbs_neither(wrn_10_2, in_a_thread):
+    inner, x, other = [], picture("x", (2, 3, 32, 32)), picture("other", (1, 3, 32, 32))
+    alone, other_alone = record(wrn_10_2, LAYERS, x)[1], record(wrn_10_2, LAYERS, other)[1]
 
     def start_another(module, inputs, output):
-        if not inner:
-            inner["running"] = True
-            inner["representation"] = record(wrn_10_2, layers, other)[1]
-
-    handle = wrn_10_2.get_submodule(layers[3]).register_forward_hook(start_another)
-    try:
-        outer = record(wrn_10_2, layers, x)[1]
-    finally:
         handle.remove()
-    for a, b in zip(outer + inner["representation"], alone + other_alone, strict=True):
+        run = threading.Thread(target=lambda: inner.extend(record(wrn_10_2, LAYERS, other)[1]))
+        run.start() if in_a_thread else run.run()
+        if in_a_thread:
+            run.join()
+
+    handle = wrn_10_2.get_submodule(LAYERS[3]).register_forward_hook(start_another)
+    outer = record(wrn_10_2, LAYERS, x)[1]
+    for a, b in zip(outer + inner, alone + other_alone, strict=True):
         assert_close(a, b, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------- published weights
+# -------------------------------------------------------------------------------------------------- files of weights
 
 
-def public_weights():
-    return {name: t for name, t in formula_classifier(10, 2).state_dict().items()}
+def public_weights() -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in formula_classifier(10, 2).state_dict().items()}
 
 
+def prefixed(prefix: str, weights: dict) -> dict:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+CIFAR10 = models.CIFAR10_MEAN, models.CIFAR10_STD
+OWN = torch.full((3,), 0.4), torch.full((3,), 0.2)  # mean and std that a file brings along
 LAYOUTS = {
-    "Wang 2023": lambda w: {
-        "model_state_dict": {f"module.0.{k}": v for k, v in w.items()},
-        "unaveraged_model_state_dict": {},
+    "Wang 2023": lambda w: {"model_state_dict": prefixed("module.0.", w), "unaveraged_model_state_dict": {}},
+    "Cui 2023, twice wrapped": lambda w: {
+        "state_dict": {"model_state_dict": prefixed("module.0.", w | {"sub_block1.layer.weight": torch.zeros(1)})}
     },
-    "Cui 2023": lambda w: {
-        "state_dict": {f"module.0.{k}": v for k, v in w.items()} | {"module.0.sub_block1.layer.weight": torch.zeros(1)}
-    },
-    "Cui 2023, twice wrapped": lambda w: {"state_dict": {"model_state_dict": {f"module.{k}": v for k, v in w.items()}}},
-    "RobustBench": lambda w: (
-        {f"module.model.{k}": v for k, v in w.items()}
-        | {"module.mean": torch.full((1, 3, 1, 1), 0.4), "module.std": torch.full((1, 3, 1, 1), 0.2)}
+    "RobustBench's Wang 2023": lambda w: prefixed(
+        "module.", prefixed("model.", w) | {"mean": OWN[0].view(1, 3, 1, 1), "std": OWN[1].view(1, 3, 1, 1)}
     ),
-    "bare": lambda w: w,
-    "compiled": lambda w: {"state_dict": {f"module._orig_mod.0.{k}": v for k, v in w.items()}},
+    "RobustBench's Rebuffi 2021": lambda w: w | {"mu": OWN[0].view(3, 1, 1), "sigma": OWN[1].view(3, 1, 1)},
+    "DeepMind's, and bare": lambda w: w,
+    "train.py's": lambda w: {"state_dict": w | {"mean": OWN[0], "std": OWN[1]}},
+    "averaged": lambda w: {"model": prefixed("module.", w) | {"n_averaged": torch.tensor(3)}},
+    "compiled": lambda w: {"state_dict": prefixed("module._orig_mod.0.", w)},
     "compiled in parts": lambda w: {k.replace("block.0.", "block.0._orig_mod."): v for k, v in w.items()},
-    "numpy's numbers beside": lambda w: {"state_dict": w, "best": np.float64(0.5), "epoch": np.int64(3)},
     "without counters": lambda w: {k: v for k, v in w.items() if "num_batches" not in k},
+    "safetensors": None,
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_published_layouts_are_recognised_by_content(tmp_path, wrn_10_2, layout):
-    torch.save(LAYOUTS[layout](public_weights()), tmp_path / "some.name")
-    loaded = load_published_classifier(tmp_path / "some.name", 10, CIFAR10_MEAN, CIFAR10_STD)
+    if LAYOUTS[layout]:
+        torch.save(LAYOUTS[layout](public_weights()), tmp_path / "some.name")
+    else:
+        save_file(public_weights(), tmp_path / "some.name")
+    loaded = load_classifier(tmp_path / "some.name", 10, *CIFAR10)
     x = picture("x", (2, 3, 32, 32))
-    if layout == "RobustBench":  # its own mean and std count, whatever the data's are
+    if layout.startswith(("RobustBench", "train.py")):  # their own mean and std count, not those of the arguments
         assert loaded.config["mean"] == pytest.approx((0.4,) * 3) and loaded.config["std"] == pytest.approx((0.2,) * 3)
-        loaded.mean, loaded.std = wrn_10_2.mean, wrn_10_2.std
+        wrn_10_2.mean, wrn_10_2.std = (own.view(3, 1, 1) for own in OWN)
     assert_close(loaded(x), wrn_10_2(x), rtol=0, atol=0)
     assert not loaded.training
 
 
-def test_safetensors_are_recognised_by_content(tmp_path, wrn_10_2):
-    save_file({k: v.contiguous() for k, v in public_weights().items()}, tmp_path / "weights")
-    x = picture("x", (2, 3, 32, 32))
-    assert_close(load_published_classifier(tmp_path / "weights", 10)(x), wrn_10_2(x), rtol=0, atol=0)
-
-
-def test_published_normalisation_is_that_of_the_data():
-    assert data.NORMALISATION["cifar10"] == (CIFAR10_MEAN, CIFAR10_STD)
-    assert {PUBLISHED_DATA[k] for k in (10, 100, 200)} == set(data.NORMALISATION)
-
-
 class Malicious:
-    def __init__(self, code):
-        self.code = code
-
     def __reduce__(self):
-        return self.code
+        return os.system, ("touch run",)
 
 
 def cut(path, keep: float):
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
 
 
-def change(path):
-    """One byte of a weight, which stays a finite number."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def torch_file(**changes):
+    return lambda path: torch.save(public_weights() | changes, path)
 
 
 WRONG = {
-    "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "web page"),
-    "nothing": (lambda path: None, "no file"),
-    "noise": (lambda path: path.write_bytes(b"\x80\x02 noise"), "not a checkpoint"),
-    "another network": (
-        lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path),
-        "not one of the public WideResNets",
-    ),
-    "other classes": (
-        lambda path: torch.save(public_weights() | {"logits.bias": torch.zeros(7)}, path),
-        "logits.bias \\(7,\\)",
-    ),
-    "a missing key": (
-        lambda path: torch.save({k: v for k, v in public_weights().items() if k != "batchnorm.bias"}, path),
-        "1 missing: batchnorm.bias",
-    ),
-    "an unexpected key": (
-        lambda path: torch.save(public_weights() | {"extra": torch.zeros(1)}, path),
-        "1 unexpected: extra",
-    ),
-    "a malicious pickle": (lambda path: torch.save({"a": Malicious((os.system, ("touch run",)))}, path), "run code"),
-    "a builtin": (lambda path: torch.save({"a": Malicious((exec, ("1",)))}, path), "run code"),
-    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps(Malicious((exec, ("1",))))), "run code"),
-    "truncated": (lambda path: (torch.save(public_weights(), path), cut(path, 0.5)), "is the file whole"),
-    "a changed byte": (lambda path: (torch.save(public_weights(), path), change(path)), "is damaged"),
-    "truncated safetensors": (
-        lambda path: (save_file({k: v.contiguous() for k, v in public_weights().items()}, path), cut(path, 0.9)),
-        "is the file whole",
-    ),
-    "safetensors cut in the header": (
-        lambda path: (save_file({k: v.contiguous() for k, v in public_weights().items()}, path), cut(path, 0.001)),
-        "whole",
-    ),
-    "a tensor": (lambda path: torch.save(torch.zeros(3), path), "where weights by name should be"),
-    "numbers for weights": (
-        lambda path: torch.save(public_weights() | {"logits.bias": torch.zeros(10, dtype=torch.int8)}, path),
-        "1 of another kind: logits.bias",
-    ),
-    "NaN": (
-        lambda path: torch.save(public_weights() | {"logits.bias": torch.full((10,), torch.nan)}, path),
-        "1 not finite: logits.bias",
-    ),
-    "another kind of convolution": (
-        lambda path: torch.save(public_weights() | {"init_conv.weight": torch.zeros(3)}, path),
-        "not one of the public WideResNets",
-    ),
-    "code": (
-        lambda path: torch.save(public_weights() | {"args": argparse.Namespace()}, path),
-        "holds more than tensors",
-    ),
+    "a web page": (lambda path: path.write_text("\n <!DOCTYPE html>"), "is a web page"),
+    "nothing": (lambda path: None, "there is no file"),
+    "noise": (lambda path: path.write_bytes(b"\x80\x02 noise"), "is it whole"),
+    "a pickle with objects": (lambda path: torch.save({"a": Malicious()}, path), "holds objects"),
+    "objects beside the weights": (torch_file(args=SimpleNamespace()), "holds objects"),
+    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps(Malicious(), 2)), "is no file of tensors"),
+    "truncated": (lambda path: (torch_file()(path), cut(path, 0.5)), "is it whole"),
+    "truncated safetensors": (lambda path: (save_file(public_weights(), path), cut(path, 0.9)), "is it whole"),
+    "a tensor": (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor where weights by name should be"),
+    "another network": (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "first keys are .'conv1"),
+    "another stem": (torch_file(**{"init_conv.weight": torch.zeros(3)}), "not one of the public WideResNets"),
+    "another number of classes": (torch_file(**{"logits.bias": torch.zeros(7)}), "do not fit.*mismatch.*logits.bias"),
+    "a missing tensor": (lambda path: torch.save(dict([*public_weights().items()][:-1]), path), "do not fit.*Missing"),
+    "a tensor too many": (torch_file(extra=torch.zeros(1)), "do not fit.*Unexpected.*extra"),
+    "NaN": (torch_file(**{"logits.bias": torch.full((10,), torch.nan)}), "not finite: logits.bias"),
+    "a whole CARSO": (torch_file(purifier={}), "is a whole CARSO"),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_weight_files_get_a_sentence(tmp_path, monkeypatch, kind):
+def test_wrong_files_are_refused_by_one_sentence(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     write, sentence = WRONG[kind]
     write(tmp_path / "file")
-    with pytest.raises(ValueError, match=sentence):
-        load_published_classifier(tmp_path / "file", 10)
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_classifier(tmp_path / "file", 10, *CIFAR10)
+    assert str(tmp_path / "file") in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_old_pickles_open_when_trusted(tmp_path, wrn_10_2):
-    torch.save({"state_dict": public_weights(), "args": argparse.Namespace()}, tmp_path / "file")
-    loaded = load_published_classifier(tmp_path / "file", 10, trust_pickle=True)
-    x = picture("x", (2, 3, 32, 32))
-    assert_close(loaded(x), wrn_10_2(x), rtol=0, atol=0)
+def test_a_normalisation_that_is_not_known_or_does_not_fit_is_refused(tmp_path):
+    torch_file()(tmp_path / "file")
+    for mean, std, sentence in ((None, None, "pass mean= and std="), ((0.5,), (0.5,), "of 3 channels, not of 1")):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'file'}.*{sentence}"):
+            load_classifier(tmp_path / "file", 10, mean, std)
 
 
-# --------------------------------------------------------------------------------------------- the models of others
-
-THEIRS = {
-    "a clash with our models.py": (
-        "from models import Net\n\ndef build():\n    return Net()\n",
-        "import torch\nfrom data import K\nclass Net(torch.nn.Linear):\n"
-        "    def __init__(self):\n        super().__init__(1024, K)\n"
-        "    def forward(self, x):\n        return super().forward(x.flatten(1))\n",
-        "K = 5\n",
-    ),
-    "a dataclass": (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport torch\n"
-        "@dataclass\nclass Config:\n    k: int = 5\n"
-        "def build():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, Config().k))\n",
-    ),
-    "our own WideResNet": ("from models import WideResNet\ndef build():\n    return WideResNet(5, 10, 1, 1)\n",),
-    "an attribute .classifier": (
-        "import torch\nclass VGG(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.classifier = torch.nn.Linear(1024, 5)\n"
-        "    def forward(self, x):\n        return self.classifier(x.flatten(1))\n"
-        "build = VGG\n",
-    ),
-}
+def test_the_hash_changes_with_any_tensor_and_not_with_its_layout():
+    network = WideResNet(3, 10, 1, in_channels=1)
+    before, found = hash_weights(network), set()
+    assert len(before) == 32 and int(before, 16)
+    for tensor in network.state_dict().values():
+        whole = tensor.clone()
+        tensor[(-1,) * tensor.ndim] += 1
+        found.add(hash_weights(network))
+        tensor.copy_(whole)
+    assert len(found | {before}) == 1 + len(network.state_dict())
+    assert hash_weights(network.to(memory_format=torch.contiguous_format)) == hash_weights(network)
+    named = {hash_weights(nn.ModuleDict({name: nn.BatchNorm2d(1)})) for name in "ab"}
+    assert len(named) == 2
 
 
-@pytest.mark.parametrize("kind", THEIRS)
-def test_a_model_of_others_is_built_in_its_own_surroundings(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name, text in zip(("mine", "models", "data"), THEIRS[kind]):
-        (tmp_path / f"{name}.py").write_text(text)
-    model = load_function(f"{tmp_path / 'mine.py'}:build")
-    check_answers(model, "mine.py", torch.zeros(3, 1, 32, 32, dtype=torch.uint8), 5)
-    assert isinstance(model, Foreign) and not model.training and not hasattr(model, "classifier")
-    assert sys.modules["models"].WideResNet is WideResNet and sys.modules["data"] is data
+# ------------------------------------------------------------------------------------------------- published weights
+
+GOWAL = "Gowal2020Uncovering_28_10_extra"
 
 
-def test_a_project_that_this_repository_lies_in(tmp_path):
-    """Its modules come first all the same, also those under names of ours."""
-    shutil.copytree(ROOT, tmp_path / "carso", ignore=shutil.ignore_patterns(".*", "runs", "tests", "__pycache__"))
-    for name, text in zip(("mine", "models", "data"), THEIRS["a clash with our models.py"]):
-        (tmp_path / f"{name}.py").write_text(text)
-    program = "from lab.foreign import load_function\nprint(type(load_function('../mine.py:build').model).__module__)"
-    how = dict(cwd=tmp_path / "carso", capture_output=True, text=True)
-    done = subprocess.run([sys.executable, "-c", "import models, data\n" + program], **how)
-    assert done.stdout == "models\n", done.stderr
+def test_the_published_table_names_the_papers_classifiers_first():
+    accuracies = {name: next(iter(known.values()))[1] for name, known in PUBLISHED.items()}
+    assert accuracies == {"cifar10": 0.9216, "cifar100": 0.7385, "tinyimagenet": 0.6519}  # table 2
+    for known in PUBLISHED.values():
+        assert all(url.startswith("https://") and 0.5 < accuracy < 1 for url, accuracy in known.values())
 
 
-class Packed(nn.Module):
-    """A state dict may hold more than tensors: a quantised network's has tuples of them."""
-
-    def __init__(self, *packed):
-        super().__init__()
-        self.packed = packed
-
-    def get_extra_state(self):
-        return self.packed
-
-
-def test_a_fingerprint_is_of_whatever_a_state_dict_holds():
-    many = torch.zeros(100_000)  # of which repr() shows a few
-    other = many.index_fill(0, torch.tensor(50_000), 1)
-    found = {fingerprint_of(Packed(*given)) for given in ((many, 8), (many, 4), (other, 8), ({"a": many}, 8))}
-    assert len(found) == 4 and fingerprint_of(Packed(many.clone(), 8)) in found
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch, wrn_10_2):
+    """A folder in place of the hosts, with formula weights; 12 pictures as that network labels them."""
+    (tmp_path / "host").mkdir()
+    for name, (url, _) in PUBLISHED["cifar10"].items():
+        file = tmp_path / "host" / url.rpartition("/")[2]
+        save_file(public_weights(), file) if file.suffix == ".safetensors" else torch_file()(file)
+        monkeypatch.setitem(PUBLISHED["cifar10"], name, (file.as_uri(), 0.9))
+    images = (255 * picture("pictures", (12, 3, 32, 32))).to(torch.uint8)
+    with torch.no_grad():
+        labels = wrn_10_2(images / 255).argmax(1)
+    data = dict(name="cifar10", classes=[*"0123456789"], mean=CIFAR10[0], std=CIFAR10[1])
+    return SimpleNamespace(test_images=images, test_labels=labels, **data)
 
 
-def test_weights_without_checksums_are_read(tmp_path, wrn_10_2):
-    """PyTorch can be told to leave them out."""
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(public_weights(), tmp_path / "w.pt")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert torch.equal(load_published_classifier(tmp_path / "w.pt", 10).logits.bias, wrn_10_2.logits.bias)
+@pytest.mark.parametrize("name", ["published", GOWAL])
+def test_a_published_classifier_is_fetched_once(cifar10, tmp_path, wrn_10_2, name):
+    assert hash_weights(models.fetch_classifier(cifar10, name, tmp_path)) == hash_weights(wrn_10_2)
+    url = PUBLISHED["cifar10"][name if name == GOWAL else "Cui2023Decoupled_WRN-28-10"][0]
+    (tmp_path / "host" / url.rpartition("/")[2]).unlink()
+    assert models.fetch_classifier(cifar10, name, tmp_path).config["depth"] == 10
+    assert [file.name for file in (tmp_path / "published" / "cifar10").iterdir()] == [url.rpartition("/")[2]]
 
 
-def test_a_defence_of_others_stays_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "mine.py").write_text("from conftest import fresh_carso\ndef build():\n    return fresh_carso(3, 2, "
-                                      "condition_dim=8, latent_dim=4, decoder_width=8)\n")  # fmt: skip
-    assert load_function(f"{tmp_path / 'mine.py'}:build").samples == 2
+def test_another_file_than_the_published_one_is_refused(cifar10, tmp_path):
+    cifar10.test_labels = (cifar10.test_labels + (torch.arange(12) < 2)) % 10
+    with pytest.raises(ValueError, match="with.pt labels 83.3% of clean pictures, not 90.0%"):
+        models.fetch_classifier(cifar10, GOWAL, tmp_path)
+    with pytest.raises(ValueError, match="no file Nobody2020; published for cifar10 are: Cui2023"):
+        models.fetch_classifier(cifar10, "Nobody2020", tmp_path)
+    cifar10.name = "digits"
+    with pytest.raises(ValueError, match="published for digits are: none"):
+        models.fetch_classifier(cifar10, "published", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text, sentence",
-    [
-        ("import nothing_of_that_name", "mine.py, line 1: ModuleNotFoundError: No module"),
-        ("def build(:", "SyntaxError"),
-        ("def build():\n    return {}['x']", "line 2: KeyError"),
-        ("def build(depth):\n    pass", "TypeError: build\\(\\) missing"),
-        ("import sys\nsys.exit(0)", "line 2: SystemExit"),
-        ("build = 3", "no function build"),
-        ("def built():\n    pass", "no function build"),
-        ("def build():\n    return 3", "return an nn.Module, not a int"),
-        ("import torch\ndef build():\n    return torch.nn.Linear", "return an nn.Module, not a type"),
-    ],
-)
-def test_a_model_that_cannot_be_built_gets_a_sentence(tmp_path, monkeypatch, text, sentence):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "mine.py").write_text(text + "\n")
-    with pytest.raises(ValueError, match=sentence):
-        load_function(f"{tmp_path / 'mine.py'}:build")
+def test_a_file_that_did_not_arrive_whole_is_named(cifar10, tmp_path):
+    host, file = (tmp_path / f / "cifar10_linf_wrn28-10_with.pt" for f in ("host", "published/cifar10"))
+    cut(host, 0.5)
+    with pytest.raises(ValueError, match=f"{file} .*is it whole.*fetch or make it again"):
+        models.fetch_classifier(cifar10, GOWAL, tmp_path)
+    host.unlink(), file.unlink()
+    with pytest.raises(OSError, match=f"could not be downloaded.*put the file at {file} by hand"):
+        models.fetch_classifier(cifar10, GOWAL, tmp_path)
+    assert not list(file.parent.iterdir())
 
 
-@pytest.mark.parametrize("text", ["mine.py", ":build", "mine.py:", "nowhere.py:build", "mine.txt:build", ""])
-def test_where_a_model_comes_from(tmp_path, monkeypatch, text):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").write_text("")
-    (tmp_path / "mine.py").write_text("")
-    with pytest.raises(ValueError, match="wants FILE.py:FUNCTION"):
-        load_function(text)
+def test_accuracy_counts_right_answers_clean_and_attacked():
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.tensor([[0], [255]] * 3, dtype=torch.uint8)
+    model[1].weight.data, model[1].bias.data = torch.tensor([[0.0] * 4, [1.0] * 4]), torch.tensor([2.0, 0.0])
+    images, labels = images.expand(6, 4).reshape(6, 1, 2, 2), torch.tensor([0, 1, 0, 1, 1, 1])
+    for batch_size in (4, 6):
+        assert models.measure_accuracy(model, images, labels, batch_size=batch_size) == 5 / 6
+        assert models.measure_accuracy(model, images, labels, lambda model, x, y: 1 - x, batch_size) == 1 / 6
 
 
-ANSWERS = {
-    "a tuple": (lambda x: (x.flatten(1)[:, :5], None), "returns a tuple"),
-    "another number of classes": (lambda x: x.flatten(1)[:, :6], "float32 \\(2, 6\\)"),
-    "whole numbers": (lambda x: x.flatten(1)[:, :5].long(), "int64"),
-    "NaN": (lambda x: x.flatten(1)[:, :5] * torch.nan, "not finite"),
-    "three dimensions": (lambda x: x.flatten(1)[:, None, :5], "\\(2, 1, 5\\)"),
-    "one picture too few": (lambda x: x.flatten(1)[:, :5].squeeze(0), "\\(5,\\)"),
-    "other channels": (torch.nn.Conv2d(3, 5, 32), "does not take pictures \\(2, 1, 32, 32\\)"),
-    "an empty message": (lambda x: [][x], "does not take pictures"),
-}
-
-
-@pytest.mark.parametrize("kind", ANSWERS)
-def test_one_trial_forward_tells_what_is_no_classifier(kind):
-    model, sentence = ANSWERS[kind]
-    with pytest.raises(ValueError, match=f"mine.py .*{sentence}"):
-        check_answers(model, "mine.py", torch.zeros(3, 1, 32, 32, dtype=torch.uint8), 5)
+def test_the_device_is_deterministic_and_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    assert models.start_device("cpu") == torch.device("cpu") and torch.backends.cudnn.deterministic
+    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: False)
+    assert models.start_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda: PyTorch finds no GPU"):
+        models.start_device("cuda")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import fresh_carso
 from torchvision.transforms.functional import to_pil_image
 
-from lab.checkpoints import fingerprint_of
+from models import hash_weights
 from purifier import CARSO
 
 EPS = 0.1
@@ -60,13 +60,13 @@ def check(defence, attack) -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # ART's
     carso.manual_seed(0)
-    before = fingerprint_of(carso)
+    before = hash_weights(carso)
     adversarial = torch.as_tensor(attack(x.clone(), y.clone())).detach()
     assert adversarial.shape == x.shape and adversarial.dtype == x.dtype and adversarial.isfinite().all()
     assert (adversarial - x).abs().max() <= EPS + 1e-6 and adversarial.min() >= 0 and adversarial.max() <= 1
     losses = [F.cross_entropy(answers(carso, p).flatten(0, 1), y.repeat(20)).item() for p in (x, adversarial)]
     assert losses[1] > losses[0] + 0.5
-    assert fingerprint_of(carso) == before and not any(module.training for module in carso.modules())
+    assert hash_weights(carso) == before and not any(module.training for module in carso.modules())
     assert not any(parameter.requires_grad for parameter in carso.classifier.parameters())
 
 

@@ -9,31 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, golden, picture, reference_name, uniform
-from safetensors.torch import save_file
+from conftest import TESTS, fresh_carso, golden, picture, reference_name, uniform
+from torch import nn
 from torch.testing import assert_close
 
-from lab.checkpoints import PUBLISHED_PARTS, load_checkpoint, load_published, save_checkpoint
-from models import WideResNet, record, representation_layers
-from purifier import CARSO, Purifier, build_carso, vae_loss
+from attacks import objective
+from models import WideResNet, hash_weights, record, representation_layers
+from purifier import CARSO, build_carso, is_carso, load_carso, save_carso, statistics_kept, vae_loss
 
 SIZES = dict(condition_dim=16, latent_dim=4, decoder_width=16)
+
+# ------------------------------------------------------------------------------------------ the paper's, and the VAE
 
 
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def full_size(num_classes, side, condition_dim, latent_dim) -> Purifier:
-    """The paper's purifier on WRN-28-10, without memory."""
+def test_parameter_counts_of_the_paper():
+    """Scenarios a and c, without memory."""
     with torch.device("meta"):
-        classifier = WideResNet(num_classes)
-        sizes = dict(condition_dim=condition_dim, latent_dim=latent_dim)
-        return build_carso(classifier, representation_layers(28), (3, side, side), **sizes).purifier
-
-
-def test_parameter_counts_of_scenario_a():
-    p = full_size(10, 32, 512, 128)
+        sizes = dict(condition_dim=768, latent_dim=192)
+        p = build_carso(WideResNet(200), representation_layers(28), (3, 64, 64), **sizes).purifier
+        assert parameters(p) == 324_508_537
+        assert p.condition_head[0].in_features == 377_600
+        p = build_carso(WideResNet(10), representation_layers(28), (3, 32, 32)).purifier
     assert parameters(p) == 106_381_537
     assert parameters(p.image_encoder) == 846
     assert parameters(p.layer_encoders) == 28_442_960
@@ -43,21 +43,13 @@ def test_parameter_counts_of_scenario_a():
     assert parameters(p.decoder) == 2_455_107
 
 
-def test_parameter_counts_of_scenario_c():
-    p = full_size(200, 64, 768, 192)
-    assert parameters(p) == 324_508_537
-    assert p.condition_head[0].in_features == 377_600
-
-
 @pytest.mark.parametrize("file", ["wrn28_10", "wrn10_2"])
 def test_tensors_have_the_reference_shapes(file):
     reference = json.loads((TESTS / f"keys_{file}_cifar.json").read_text())
     expected = {f"{part}/{key}": s for part in reference if part != "classifier" for key, s in reference[part].items()}
     depth, width = (28, 10) if file == "wrn28_10" else (10, 2)
     with torch.device("meta"):
-        carso = build_carso(
-            WideResNet(10, depth, width), representation_layers(depth), (3, 32, 32), condition_dim=512, latent_dim=128
-        )
+        carso = build_carso(WideResNet(10, depth, width), representation_layers(depth), (3, 32, 32))
     assert {reference_name(k): list(v.shape) for k, v in carso.purifier.state_dict().items()} == expected
 
 
@@ -65,7 +57,7 @@ def test_training_forward_loss_and_gradients_equal_the_reference(reference_carso
     want = golden("purifier")
     x, clean = picture("x", (8, 3, 32, 32)), picture("clean", (8, 3, 32, 32))
     noise = torch.from_numpy((2 * uniform("eps_train", (8, 128)) - 1).astype(np.float32))
-    purifier = copy.deepcopy(reference_carso.purifier).train()
+    purifier = reference_carso.purifier.train()
     with torch.no_grad():
         _, representation = record(reference_carso.classifier, reference_carso.layers, x)
     reconstruction, mu, logvar = purifier(x, representation, noise)
@@ -102,16 +94,44 @@ def test_inference_equals_the_reference(reference_carso):
         assert_close(ours, torch.from_numpy(want[name]), rtol=1e-4, atol=2e-5)
 
 
+def test_the_loss_is_its_formula_and_nan_where_a_reconstruction_is():
+    p, x = torch.rand(2, 2, 3, 4, 4, dtype=torch.double).clamp(0.01, 0.99)
+    mu, logvar = torch.randn(2, 2, 5, dtype=torch.double)
+    bce = -(x * p.log() + (1 - x) * (1 - p).log()).sum()
+    kld = 0.5 * (mu**2 + logvar.exp() - logvar - 1).sum()
+    assert_close(vae_loss(p, x, mu, logvar, 0.3), (bce + 0.3 * kld, bce, kld))
+    p[1, 0, 2, 2] = torch.nan
+    assert [value.isnan().item() for value in vae_loss(p, x, mu, logvar, 0.3)] == [True, True, False]
+
+
+def test_recomputing_counts_a_batch_once(tiny_carso):
+    """The same gradients, and the same running statistics, although the layers' encoders run twice."""
+    x, ways = torch.rand(6, 1, 32, 32), []
+    with torch.no_grad():
+        representation = record(tiny_carso.classifier, tiny_carso.layers, x)[1]
+    for recompute in (False, True):
+        purifier = copy.deepcopy(tiny_carso.purifier).train()
+        purifier.recompute, runs = recompute, []
+        purifier.layer_encoders[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        reconstruction, mu, logvar = purifier(x, representation, torch.zeros(6, 4))
+        vae_loss(reconstruction, x, mu, logvar, 1.0)[0].backward()
+        assert len(runs) == 1 + recompute
+        ways.append([*purifier.state_dict().values(), *(p.grad for p in purifier.parameters())])
+    for plain, again in zip(*ways, strict=True):
+        assert_close(plain, again)
+
+
+def test_statistics_are_kept_whatever_happens():
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError), statistics_kept(network):
+        network(5 * torch.rand(4, 3, 2, 2))
+        network(torch.rand(4, 2, 2, 2))
+    assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert [layer.momentum for layer in network] == [0.1, None]
+
+
 # --------------------------------------------------------------------------------------------------- CARSO's promises
-
-
-def test_64_pixels():
-    carso = build_carso(WideResNet(20, 10, 1), representation_layers(10), (3, 64, 64), 2, **SIZES)
-    x = torch.rand(2, 3, 64, 64)
-    assert carso.purify(x).shape == (2, 2, 3, 64, 64)
-    assert carso(x).shape == (2, 20)
-    with pytest.raises(ValueError, match="32x32 or 64x64"):
-        build_carso(WideResNet(20, 10, 1), representation_layers(10), (3, 48, 48), 2, **SIZES)
 
 
 def test_members_are_folded_not_mixed(tiny_carso):
@@ -151,147 +171,177 @@ def test_latent_draws_are_reproducible_and_immune_to_the_global_seed(tiny_carso)
     assert not torch.equal(tiny_carso(x), a)
 
 
-def test_checkpoint_restores_the_defence_from_one_file(tiny_carso, tmp_path):
-    tiny_carso.purifier.train()(
-        torch.rand(4, 1, 32, 32), record(tiny_carso.classifier, tiny_carso.layers, torch.rand(4, 1, 32, 32))[1]
-    )
-    tiny_carso.eval()
+@pytest.mark.parametrize("wrong", [dict(samples=-1), dict(own_answer=1.0), dict(own_answer=-0.1), dict(layers=["a"])])
+def test_arguments_that_make_no_defence_are_refused(tiny_carso, wrong):
+    with pytest.raises(ValueError):
+        CARSO(**dict(classifier=tiny_carso.classifier, purifier=tiny_carso.purifier, layers=tiny_carso.layers) | wrong)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_own_answer_is_a_share_of_the_exponentials(tiny_carso, share):
+    """In float64: values, and gradients through the reconstruction and through the classifier's own answer."""
+    carso = tiny_carso.double()
+    carso.own_answer = share
+    x = torch.rand(3, 1, 32, 32, dtype=torch.double, requires_grad=True)
+    z = torch.randn(3, 2, 4, dtype=torch.double)
+    painted = carso.classifier(carso.purify(x, z).flatten(0, 1)).exp().unflatten(0, (3, 2))
+    plain = ((1 - share) * painted + share * carso.classifier(x).exp()[:, None]).log()
+    ours = carso.member_logits(x, z)
+    assert_close(ours, plain)
+    assert_close(*(torch.autograd.grad(logits.sin().sum(), x)[0] for logits in (ours, plain)))
+    assert_close(carso(x, z), plain.exp().sum(1).log())
+
+
+def test_gradients_of_pictures_are_contiguous(tiny_carso):
+    x = torch.rand(3, 1, 32, 32)
+    for model in (tiny_carso, tiny_carso.classifier):
+        for pictures in (x, x.to(memory_format=torch.channels_last), x.double()):
+            gradient = objective(model.to(pictures.dtype), torch.tensor([0, 1, 2]))(pictures)[1]
+            assert gradient.is_contiguous() and gradient.shape == x.shape and gradient.dtype == pictures.dtype
+        model.float()
+
+
+def bf16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_pixels_and_logits_keep_float32_under_autocast(tiny_carso):
+    x = torch.rand(3, 1, 32, 32)
+    z = tiny_carso.draw(x, 4)
+    exact = [*tiny_carso.answers(x, z), tiny_carso(x, z), tiny_carso.classifier(x)]
+    with bf16():
+        reduced = [*tiny_carso.answers(x, z), tiny_carso(x, z), tiny_carso.classifier(x)]
+    for a, b in zip(exact, reduced):
+        assert b.dtype == torch.float32 and 0 < (a - b).abs().mean() < 0.05 * a.abs().mean()
+
+
+def test_white_stays_below_one_in_bf16(tiny_carso):
+    """bfloat16 has nothing between 0.996 and 1, and the BCE of a pixel that is exactly 1 is off by a factor."""
+    x, decoder = torch.rand(3, 1, 32, 32), tiny_carso.purifier.decoder
+    nn.init.zeros_(decoder[-2].weight)
+    nn.init.constant_(decoder[-2].bias, 7.0)
+    with bf16():
+        white = tiny_carso.purify(x, tiny_carso.draw(x, 2))
+    assert_close(white, torch.full(white.shape, 0.999089), atol=2e-6, rtol=0)  # a float32, too
+
+
+# ----------------------------------------------------------------------------------------- around any other network
+
+
+class SmallCNN(nn.Module):
+    """Neither a WideResNet, nor does it say how its data are normalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 8), (8, 16), (16, 16)))
+        self.last = nn.Linear(16, 7)
+
+    def forward(self, x):
+        return self.last(self.third(self.second(self.first(x).relu()).relu()).relu().mean((2, 3)))
+
+
+def test_any_network_is_defended():
+    network, layers, half = SmallCNN().train(), ["first", "second"], dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    for given, normalisation, sentence in (
+        (layers, {}, "pass mean= and std="),
+        (["first", "last"], half, r"layer 1 of the representation is \(7,\)"),
+        (["first", "third"], half, r"layer 1 .* is \(16, 8, 8\); .* 4 convolutions need .* tap an earlier layer"),
+        (["first", "fourth"], half, "no layer named fourth"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            build_carso(network, given, (3, 64, 64), 3, **SIZES, **normalisation)
+    with pytest.raises(ValueError, match="32x32 or 64x64"):
+        build_carso(network, ["first"], (3, 48, 48), 3, **SIZES, **half)
+    carso = build_carso(network, layers, (3, 64, 64), 3, **SIZES, **half)
+    assert carso.purifier.config["representation_shapes"] == [(8, 32, 32), (16, 16, 16)]
+    x = torch.rand(4, 3, 64, 64, requires_grad=True)
+    reconstruction, mu, logvar = carso.train().purifier(x, record(carso.classifier, layers, x)[1])
+    vae_loss(reconstruction, x.detach(), mu, logvar, beta=1.0)[0].backward()
+    assert all(p.grad.isfinite().all() for p in carso.purifier.parameters())
+    logits = carso.eval()(x)
+    assert logits.shape == (4, 7) and carso.purify(x).shape == (4, 3, 3, 64, 64)
+    assert torch.autograd.grad(logits.logsumexp(1).sum(), x)[0].abs().sum() > 0
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_one_file_restores_the_defence(tiny_carso, tmp_path, final):
+    if final:
+        tiny_carso.final = WideResNet(5, 16, 1, in_channels=1).eval()
+        tiny_carso.own_answer = 0.7
     path = tmp_path / "folder" / "carso.pt"
-    save_checkpoint(path, tiny_carso, dataset="digits", epoch=3)
-    restored, state = load_checkpoint(path)
-    assert state == {"dataset": "digits", "epoch": 3}
-    assert restored.samples == tiny_carso.samples and restored.layers == tiny_carso.layers
+    save_carso(path, tiny_carso, dataset="digits", epoch=3)
+    restored, state = load_carso(path)
+    assert state == {"dataset": "digits", "epoch": 3} and is_carso(path)
+    for name in ("samples", "layers", "own_answer"):
+        assert getattr(restored, name) == getattr(tiny_carso, name)
     x, z = torch.rand(2, 1, 32, 32), torch.randn(2, 3, 4)
     assert torch.equal(restored(x, z), tiny_carso(x, z))
+    assert hash_weights(restored) == hash_weights(tiny_carso) and not restored.training
     assert [p.name for p in path.parent.iterdir()] == ["carso.pt"]  # no temporary left
 
 
-def test_a_failed_save_keeps_the_previous_checkpoint(tiny_carso, tmp_path):
-    path = tmp_path / "carso.pt"
-    save_checkpoint(path, tiny_carso, epoch=1)
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-        save_checkpoint(path, tiny_carso, epoch=lambda: "not plain")
-    assert load_checkpoint(path)[1] == {"epoch": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["carso.pt"]
-
-
-def test_a_full_disk_keeps_the_previous_checkpoint(tiny_carso, tmp_path, monkeypatch):
-    path = tmp_path / "carso.pt"
-    save_checkpoint(path, tiny_carso, epoch=1)
-
+def test_a_write_that_fails_leaves_the_old_file_whole(tiny_carso, tmp_path, monkeypatch):
     def full(content, file):
         Path(file).write_bytes(b"half of it")
         raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
 
+    path = tmp_path / "carso.pt"
+    save_carso(path, tiny_carso, epoch=1)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_carso(path, tiny_carso, epoch=lambda: "not plain")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="is the disk full"):
-        save_checkpoint(path, tiny_carso, epoch=2)
-    assert load_checkpoint(path)[1] == {"epoch": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["carso.pt"]
+    with pytest.raises(OSError, match=f"{path} could not be written: is the disk full"):
+        save_carso(path, tiny_carso, epoch=2)
+    assert load_carso(path)[1] == {"epoch": 1}
 
 
-@pytest.mark.parametrize(
-    "content, sentence",
-    [(b"<!DOCTYPE html><html>", "web page"), (b"nonsense", "not a checkpoint"), (None, "no file")],
-)
-def test_files_that_are_no_checkpoint(tmp_path, content, sentence):
-    path = tmp_path / "carso.pt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=sentence):
-        load_checkpoint(path)
-
-
-def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="not a CARSO checkpoint"):
-        load_checkpoint(tmp_path / "other.pt")
-
-
-def test_a_checkpoint_with_strange_parts_is_named(tiny_carso, tmp_path):
-    path = tmp_path / "carso.pt"
-    save_checkpoint(path, tiny_carso)
-    whole = path.read_bytes()
-    for change in (
-        lambda c: c.pop("state"), lambda c: c.pop("classifier"), lambda c: c.pop("purifier_weights"),
-        lambda c: c.update(classifier={"depth": 11}), lambda c: c.update(purifier={"nonsense": 1}),
-        lambda c: c.update(samples=-1), lambda c: c.update(layers=["a"]), lambda c: c.update(own_answer="much"),
-        lambda c: c["classifier_weights"].popitem(), lambda c: c.update(classifier_weights=[1]),
-        lambda c: c["purifier_weights"].update({"to_mu.bias": "text"}),
-    ):  # fmt: skip
-        content = torch.load(io.BytesIO(whole), weights_only=True)
+def test_other_files_are_refused_by_one_sentence(tiny_carso, tmp_path):
+    def changed(change) -> bytes:
+        content, buffer = torch.load(io.BytesIO(whole), weights_only=True), io.BytesIO()
         change(content)
-        torch.save(content, path)
-        with pytest.raises(ValueError, match="carso.pt"):
-            load_checkpoint(path)
-    flipped = bytearray(whole)
-    flipped[len(flipped) // 2] ^= 1
-    path.write_bytes(flipped)
-    with pytest.raises(ValueError, match="carso.pt is damaged"):
-        load_checkpoint(path)
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    path, tiny_carso.final = tmp_path / "carso.pt", fresh_carso(5, 3, **SIZES).classifier
+    save_carso(path, tiny_carso)
+    whole, unfit = path.read_bytes(), f"the weights in {path} "
+    for content, sentence in (
+        (b"<!DOCTYPE html><html>", f"{path} is a web page"),
+        (b"nonsense", f"{path} .*is it whole"),
+        (whole[:-100], f"{path} .*is it whole"),
+        (changed(lambda c: c.pop("purifier_weights")), f"{path} is not a CARSO"),
+        (changed(lambda c: c["classifier_weights"].popitem()), unfit + "do not fit.*Missing"),
+        (changed(lambda c: c.update(classifier_weights=[1])), unfit + "do not fit"),
+        (changed(lambda c: c["purifier_weights"].update({"to_mu.bias": "text"})), unfit + "do not fit.*to_mu.bias"),
+        (changed(lambda c: c["purifier_weights"]["to_mu.bias"].fill_(torch.inf)), unfit + "are not finite: to_mu.bias"),
+        (changed(lambda c: c.update(final_weights={})), unfit + "do not fit.*Missing"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=sentence) as error:
+            load_carso(path)
+        assert "\n" not in str(error.value)
+    torch.save(tiny_carso.classifier.state_dict(), path)
+    assert not is_carso(path)
+    with pytest.raises(ValueError, match=f"there is no file {path}x"):
+        load_carso(f"{path}x")
 
 
 def test_a_compiled_classifier_is_kept_as_a_plain_one(tiny_carso, tmp_path):
     x, z = torch.rand(2, 1, 32, 32), torch.randn(2, 3, 4)
     plain = tiny_carso(x, z)
-    tiny_carso.classifier.layer[0] = torch.compile(tiny_carso.classifier.layer[0])
-    save_checkpoint(tmp_path / "carso.pt", tiny_carso)
-    assert torch.equal(load_checkpoint(tmp_path / "carso.pt")[0](x, z), plain)
+    tiny_carso.classifier.layer[0] = nn.ModuleDict({"_orig_mod": tiny_carso.classifier.layer[0]})  # torch.compile's way
+    save_carso(tmp_path / "carso.pt", tiny_carso)
+    assert torch.equal(load_carso(tmp_path / "carso.pt")[0](x, z), plain)
 
 
-def test_another_classifier_than_a_wideresnet_is_not_kept(tiny_carso, tmp_path):
-    tiny_carso.classifier = torch.nn.Flatten()
-    with pytest.raises(ValueError, match="only a CARSO around a WideResNet"):
-        save_checkpoint(tmp_path / "carso.pt", tiny_carso)
+@pytest.mark.parametrize("place", ["classifier", "final"])
+def test_another_classifier_than_a_wideresnet_is_not_kept(tiny_carso, tmp_path, place):
+    other = nn.Flatten()
+    other.config = {"depth": 10}
+    setattr(tiny_carso, place, other)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'carso.pt'}: the {place} is no WideResNet"):
+        save_carso(tmp_path / "carso.pt", tiny_carso)
     assert not list(tmp_path.iterdir())
-
-
-def published_folder(path, carso):
-    """The authors' four files, made from ours."""
-    path.mkdir()
-    parts = {"classifier": {k: v.contiguous() for k, v in carso.classifier.state_dict().items()}}
-    for key, tensor in carso.purifier.state_dict().items():
-        part, name = reference_name(key).split("/")
-        parts.setdefault(part, {})[name] = tensor.contiguous()
-    save_file(parts["classifier"], path / "cifar10_a3_b10_t4_20m_w.safetensors")
-    for part in PUBLISHED_PARTS:
-        save_file(parts[part], path / f"wrn_28_10_cifar_10_cui_2023_{part}.safetensors")
-    return path
-
-
-def test_the_authors_files_make_their_defence(tmp_path, reference_carso):
-    folder = published_folder(tmp_path / "small", reference_carso)
-    loaded = load_published(folder, 10, (3, 32, 32))
-    x, z = picture("x", (2, 3, 32, 32)), torch.randn(2, 8, 128)
-    assert_close(loaded(x, z), reference_carso(x, z), rtol=0, atol=0)
-    (folder / "wrn_28_10_cifar_10_cui_2023_decoder.safetensors").write_text("<html>")
-    with pytest.raises(ValueError, match="web page"):
-        load_published(folder, 10, (3, 32, 32))
-    (folder / "wrn_28_10_cifar_10_cui_2023_decoder.safetensors").unlink()
-    with pytest.raises(ValueError, match="exactly one .safetensors file of decoder, not 0"):
-        load_published(folder, 10, (3, 32, 32))
-
-
-def test_the_authors_files_at_full_size(tmp_path):
-    sizes = dict(condition_dim=512, latent_dim=128)
-    carso = build_carso(WideResNet(10), representation_layers(28), (3, 32, 32), samples=2, **sizes)
-    loaded = load_published(published_folder(tmp_path / "full", carso), 10, (3, 32, 32))
-    assert parameters(loaded.purifier) == 106_381_537
-    x, z = torch.rand(1, 3, 32, 32), torch.randn(1, 2, 128)
-    with torch.no_grad():
-        assert_close(loaded(x, z), carso(x, z), rtol=0, atol=0)
-
-
-def test_recomputing_counts_a_batch_once(tiny_carso):
-    """The same gradients, and the same running statistics, although the layers' encoders run twice."""
-    ways = []
-    for recompute in (False, True):
-        purifier = copy.deepcopy(tiny_carso.purifier).train()
-        purifier.recompute, x = recompute, torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            representation = record(tiny_carso.classifier, tiny_carso.layers, x)[1]
-        reconstruction, mu, logvar = purifier(x, representation, torch.zeros(6, 4))
-        vae_loss(reconstruction, x, mu, logvar, 1.0)[0].backward()
-        ways.append([*purifier.state_dict().values(), *(p.grad for p in purifier.parameters())])
-    for plain, again in zip(*ways, strict=True):
-        assert_close(plain, again)

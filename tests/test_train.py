@@ -1,37 +1,45 @@
-"""Schedules and Lookahead against the reference, and the real script on tiny budgets: complete, killed, resumed, on two
-processes, and with wrong input."""
+"""train.py: schedules and Lookahead against the reference; the script on tiny budgets: complete, killed, resumed, on
+two processes, with wrong input."""
 
+import contextlib
+import dataclasses
 import functools
-import json
+import io
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
+import traceback
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import DEVICE, ROOT, golden, uniform
 from torch import nn
 from torch.testing import assert_close
 
-import data
-import evaluate
+import data as datasets
+import models
+import purifier
 import train
-from attacks import adversarially_balanced_batch, pgd
-from lab import robust_training
-from lab.checkpoints import load_checkpoint
-from lab.presets import PRESETS
-from lab.robust_training import untrained
-from lab.start import out_of_memory
-from models import WideResNet, record, representation_layers
-from purifier import build_carso, vae_loss
-from train import Lookahead, kl_weight, learning_rate, refresh_batchnorm, schedule_at
+from attacks import balanced_kinds
+from models import WideResNet, hash_weights, load_tensors, representation_layers
+from purifier import Purifier, load_carso
+from train import PRESETS, Lookahead, Preset, Ranks, Run, Stopped, kl_weight, learning_rate, schedule_epoch
 
-# ------------------------------------------------------------------------------------------------------ small pieces
+CPU = torch.device("cpu")
+
+# ----------------------------------------------------------------------------------- presets, schedules, the optimizer
+
+
+def choose(name: str, *options) -> Preset:
+    return train.choose_preset(name, train.parse_arguments(options))
 
 
 @pytest.mark.parametrize("scenario, preset", [("a", "cifar10"), ("b", "cifar100"), ("c", "tinyimagenet")])
@@ -42,600 +50,683 @@ def test_schedules_equal_the_reference(scenario, preset):
 
 
 def test_radam_in_lookahead_equals_the_reference():
-    want = golden("optimizer")
-    shapes = [(4, 3), (5,)]
-    weights = [nn.Parameter(torch.tensor(uniform(f"p{i}", s), dtype=torch.float32)) for i, s in enumerate(shapes)]
-    lookahead = Lookahead(torch.optim.RAdam(weights, lr=0.01), k=6, alpha=0.8)
+    want, shapes = golden("optimizer"), [(4, 3), (5,)]
+    network = nn.ParameterList(torch.tensor(uniform(f"p{i}", s), dtype=torch.float32) for i, s in enumerate(shapes))
+    lookahead = train.build_optimizer(network, PRESETS["digits"])
+    lookahead.optimizer.param_groups[0]["lr"] = 0.01
     for t in range(20):
-        for i, w in enumerate(weights):
+        for i, w in enumerate(network):
             w.grad = torch.tensor(2 * uniform(f"g{i}_{t}", w.shape) - 1, dtype=torch.float32)
         lookahead.step()
-        now = torch.cat([w.detach().flatten() for w in weights]).numpy()
-        np.testing.assert_allclose(now, want["radam_lookahead_fast"][t], rtol=1e-5, atol=1e-6)
+        fast = torch.cat([w.detach().flatten() for w in network]).numpy()
+        np.testing.assert_allclose(fast, want["radam_lookahead_fast"][t], rtol=1e-5, atol=1e-6)
     lookahead.finish()
-    slow = torch.cat([w.detach().flatten() for w in weights]).numpy()
+    slow = torch.cat([w.detach().flatten() for w in network]).numpy()
     np.testing.assert_allclose(slow, want["radam_lookahead_slow_at_20"], rtol=1e-5, atol=1e-6)
 
 
-def test_presets_are_the_papers_table_14():
-    a, b, c = PRESETS["cifar10"], PRESETS["cifar100"], PRESETS["tinyimagenet"]
-    assert [p.epochs for p in (a, b, c)] == [200, 200, 250]
-    assert [p.batch_size for p in (a, b, c)] == [8 * 640, 4 * 640, 8 * 128]
-    assert [p.fraction for p in (a, b, c)] == [0.5, 0.15, 0.01]
-    assert [(p.condition_dim, p.latent_dim) for p in (a, b, c)] == [(512, 128), (512, 128), (768, 192)]
-    assert all((p.depth, p.width, p.samples, p.eps) == (28, 10, 8, 8 / 255) for p in (a, b, c))
-    assert all((p.attack_steps, p.attack_step_size) == (40, 0.01) for p in (a, b, c))
+def test_presets_are_the_papers_tables_12_to_14():
+    a, b, c = scenarios = [PRESETS[name] for name in ("cifar10", "cifar100", "tinyimagenet")]
+    assert [p.epochs for p in scenarios] == [200, 200, 250]
+    assert [p.batch_size for p in scenarios] == [8 * 640, 4 * 640, 8 * 128]
+    assert [p.fraction for p in scenarios] == [0.5, 0.15, 0.01]
+    assert [(p.condition_dim, p.latent_dim) for p in scenarios] == [(512, 128), (512, 128), (768, 192)]
+    assert [p.learning_rate for p in scenarios] == [0.064, 0.064, 0.0128]
+    assert all((p.depth, p.width, p.samples, p.eps) == (28, 10, 8, 8 / 255) for p in scenarios)
+    assert all((p.attack_steps, p.attack_step_size, p.decoder_width) == (40, 0.01, 256) for p in scenarios)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_keeps_its_bounds_and_nothing_else_does(name, tmp_path):
+    for field in dataclasses.fields(Preset):
+        low, high = field.metadata["bounds"]
+        assert low <= getattr(PRESETS[name], field.name) <= high and field.metadata["meaning"]
+        option = "--" + field.name.replace("_", "-")
+        for value in (low - 1, high + 1) if field.type is not bool else ():
+            said = here(tmp_path, "--preset", name, f"{option}={field.type(value)}", code=2)
+            assert said == f"train.py: {option} {value:g} is not between {low:g} and {high:g}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_run_of_any_length_keeps_the_schedules_proportions(name):
+    usual = PRESETS[name]
+    for epochs in [*range(1, 30), 10 * usual.epochs]:
+        p = choose(name, "--epochs", str(epochs))
+        assert p.warmup >= 1 and p.warmup + p.plateau <= epochs and p.kl_from <= p.kl_to <= epochs
+    for epochs, knots in (("40", (5, 5, 5, 6)), ("400", (50, 50, 50, 68))):
+        p = choose("cifar10", "--epochs", epochs)
+        assert (p.warmup, p.plateau, p.kl_from, p.kl_to) == knots
+    p = choose("cifar10", "--epochs", "40", "--warmup", "0", "--eps", "4/255", "--no-mirror")
+    assert (p.warmup, p.plateau, p.eps, p.mirror, p.augment) == (0, 5, 4 / 255, False, True)
+
+
+def test_schedules_move_by_step_where_an_epoch_is_short_but_not_in_radams_first_five():
+    paper, one = PRESETS["cifar10"], choose("digits", "--epochs", "1")
+    assert [schedule_epoch(e, n, 10, paper) for e in (0, 1, 199) for n in (0, 9)] == [0, 0, 1, 1, 199, 199]
+    at = [schedule_epoch(t // 3, t % 3, 3, paper) for t in range(600)]
+    assert at[:5] == [0] * 5 and at[5:] == [t / 3 for t in range(5, 600)]
+    rates = [learning_rate(schedule_epoch(0, n, 21, one), one) for n in range(21)]
+    assert rates[:5] == [5e-9] * 5 and rates[5] > 0.2 * one.learning_rate and rates[20] > 0.9 * one.learning_rate
+    assert kl_weight(schedule_epoch(0, 20, 21, one), one) == 1
+
+
+@pytest.mark.parametrize(
+    "count, batches, rates", [(40, (16, 16), (0.0063, 0.0036)), (1500, (150, 150), (0.059, 0.011)),
+                              (5000, (512, 500), (0.2, 0.02)), (46_081, (512, 5120), (0.2, 0.064))],
+)  # fmt: skip
+def test_small_sets_get_batches_of_a_tenth_and_lower_rates(count, batches, rates):
+    p = train.fit_batches(PRESETS["cifar10"], count, train.parse_arguments([]))
+    assert (p.classifier_batch_size, p.batch_size) == batches
+    assert (p.classifier_learning_rate, p.learning_rate) == pytest.approx(rates, rel=0.02)
+    for given in (["--batch-size", "5120"], ["--learning-rate", "0.064"]):
+        assert train.fit_batches(PRESETS["cifar10"], count, train.parse_arguments(given)).learning_rate == 0.064
 
 
 def test_refreshed_batchnorm_has_the_statistics_of_the_data():
     network = nn.Sequential(nn.BatchNorm1d(3))
     network[0].running_mean.fill_(100)
     parts = torch.randn(4, 25, 3) * 2 + 5
-    refresh_batchnorm(network, lambda: [network(part) for part in parts])
+    train.refresh_batchnorm(network, lambda: [network(part) for part in parts])
     assert_close(network[0].running_mean, parts.mean((0, 1)))
     assert_close(network[0].running_var, torch.stack([part.var(0) for part in parts]).mean(0))
     assert network[0].momentum == 0.1
 
 
-def test_schedules_move_by_step_where_an_epoch_is_short():
-    """From enough steps on they are the paper's; else RAdam's first five steps keep the rate of the start."""
-    paper = PRESETS["cifar10"]
-    assert [schedule_at(e, n, 10, paper) for e in (0, 1, 199) for n in (0, 9)] == [0, 0, 1, 1, 199, 199]
-    at = [schedule_at(t // 3, t % 3, 3, paper) for t in range(600)]
-    assert at[:5] == [0] * 5 and at[5:] == [t / 3 for t in range(5, 600)]
-    one, _ = train.prepare(train.parse_arguments(["--dataset", "digits", "--epochs", "1"]))
-    rates = [learning_rate(schedule_at(0, n, 21, one), one) for n in range(21)]
-    assert rates[:5] == [5e-9] * 5 and rates[5] > 0.2 * one.learning_rate and rates[20] > 0.9 * one.learning_rate
-    assert kl_weight(schedule_at(0, 20, 21, one), one) == 1
+# ------------------------------------------------------------------------------------------- ranks, and the loop alone
 
 
-# -------------------------------------------------------------------------------------------------- the real script
+@pytest.fixture
+def one_rank():
+    """A process group of one, inside this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
-BUDGET = (
-    "--preset digits --epochs 3 --batch-size 9 --classifier-epochs 1 --classifier-batch-size 24 --attack-steps 2 "
-    f"--classifier-attack-steps 1 --device {DEVICE}"
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5, 5)])
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_global_batch_norm_is_batch_norm(one_rank, shape, dtype, close):
+    """Output, gradients and running statistics; under autocast the layer stays float32 while x is bfloat16."""
+    torch.manual_seed(0)
+    x, ways = torch.randn(shape).to(dtype), []
+    for ours in (True, False):
+        layer = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(4)
+        layer = layer.double() if dtype == torch.float64 else layer
+        nn.init.uniform_(layer.weight, generator=torch.Generator().manual_seed(1))
+        forward = functools.partial(train.global_batch_norm, layer) if ours else layer
+        lead = x.clone().requires_grad_()
+        out = forward(lead)
+        out.square().sum().backward()
+        numbers = [out, lead.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+        layer.eval()
+        ways.append([n.detach() for n in [*numbers, forward(x)]])
+        assert out.dtype == dtype
+    for mine, theirs in zip(*ways, strict=True):
+        assert_close(mine, theirs, rtol=close, atol=close)
+
+
+def some_digits(count: int, classes: int = 10) -> datasets.Dataset:
+    whole = datasets.load("digits")
+    images, labels = whole.train_images[:count], whole.train_labels[:count] % classes
+    return dataclasses.replace(whole, train_images=images, train_labels=labels)
+
+
+@pytest.mark.parametrize("count, micro_batch", [(2, None), (3, None), (1, 4), (2, 3)])
+def test_any_number_of_ranks_attacks_what_one_would(tiny_carso, count, micro_batch):
+    """Up to rounding: where a gradient is nearly 0 its sign, and with it a whole step, may turn."""
+    data, p = some_digits(30, 5), dataclasses.replace(PRESETS["digits"], attack_steps=2, fraction=0.6)
+    indices, first, whole = torch.arange(3, 16), 7, []
+
+    def attack(rank, count, micro_batch):
+        run = Run(None, {"seed": 0}, Ranks(CPU, rank, count), 60)
+        perturb = train.attack_every_batch(run, data, tiny_carso.classifier, p, micro_batch)
+        (clean, y), generator = run.pictures(data, indices), run.generator("purifier", 0, 0)
+        return perturb(clean, y, indices, 0, first, generator) - clean
+
+    whole = attack(0, 1, None)
+    parts = torch.cat([attack(rank, count, micro_batch) for rank in range(count)])
+    assert torch.equal(whole.flatten(1).any(1), balanced_kinds(first, 13, 0.6) >= 0)
+    assert ((whole - parts).abs() > 1e-4).float().mean() < 0.01
+
+
+def test_random_numbers_follow_from_seed_stage_epoch_and_step():
+    def draw(seed, *where):
+        return torch.rand(4, generator=Run(None, {"seed": seed}, Ranks(CPU), 60).generator(*where))
+
+    one = draw(0, "purifier", 1, 2)
+    assert torch.equal(one, draw(0, "purifier", 1, 2))
+    for other in ((1, "purifier", 1, 2), (0, "classifier", 1, 2), (0, "purifier", 2, 2), (0, "purifier", 1, 1)):
+        assert not torch.equal(one, draw(*other)), other
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_sums_are_complete_however_seldom_they_are_looked_at(tmp_path, window):
+    """Also when the run is stopped, in between or at an epoch's end, and goes on."""
+
+    def loop(stop_at):
+        def step(epoch, number, indices, first):
+            run.stopping |= (epoch, number) == stop_at
+            return indices.sum()[None]
+
+        run = Run(tmp_path, {"seed": 0}, Ranks(CPU), 60)
+        run.window = window
+        run.train("stage", 2, 72, 9, {}, ["sum"], step)
+
+    with pytest.raises(Stopped, match="stage epoch 0, step 8"):
+        loop((0, 7))
+    with pytest.raises(Stopped, match="stage epoch 1, step 2"):
+        loop((1, 1))
+    loop(None)
+    loop(None)  # what is complete is not done again
+    assert (tmp_path / "log-stage.tsv").read_text().splitlines() == ["epoch\tsum", "0\t35.5", "1\t35.5"]
+
+
+@pytest.mark.parametrize("pace", [25, 0])
+def test_a_long_epoch_says_every_minute_how_long_the_rest_takes(tmp_path, monkeypatch, capsys, pace):
+    """pace: seconds a step; where they are short, a coarse clock may stand still."""
+    now = 0
+
+    def step(*_):
+        nonlocal now
+        now += pace
+        return torch.tensor([9.0])
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
+    Run(tmp_path, {"seed": 0}, Ranks(CPU), 1e9).train("stage", 2, 72, 9, {}, ["one"], step)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].split()[::3] == ["1", "0m00s"]
+    left = {(0, 3): "5m25s", (0, 6): "4m10s", (1, 3): "2m05s", (1, 6): "0m50s"} if pace else {}
+    lines = [f"stage: epoch {epoch}, batch {batch} of 8, {time} left" for (epoch, batch), time in left.items()]
+    assert [line for line in said if "batch " in line] == lines
+
+
+@pytest.mark.parametrize("window, at", [(1, 4), (2, 5)])
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_look(tmp_path, window, at):
+    run = Run(tmp_path, {"seed": 0}, Ranks(CPU), 0)
+    run.window, sums = window, [torch.tensor([float(n) if n != 4 else torch.nan]) for n in range(8)]
+    with pytest.raises(ValueError, match=f"stage: the loss is not finite at epoch 0, step {at}: choose a lower"):
+        run.train("stage", 1, 72, 9, {}, ["sum"], lambda epoch, number, *_: sums[number])
+    assert load_tensors(tmp_path / "stage.resume.pt")["step"] == 4
+
+
+# ----------------------------------------------------------------------------------------------------- the real script
+
+# Nothing but rounding tells one process from two: eps is tiny, since the sign of a gradient makes a rounding a step of
+# full length, and RAdam's first five steps, which follow the bare gradient, count, so that its scale matters.
+TINY = (
+    "--preset digits --epochs 2 --batch-size 9 --classifier-epochs 1 --classifier-batch-size 15 --attack-steps 2 "
+    "--classifier-attack-steps 1 --eps 0.00001 --learning-rate 1e-3 --learning-rate-start 3e-7 "
+    f"--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2 --device {DEVICE}"
 ).split()
-TINY = [*BUDGET, *"--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2".split()]
-# The scripts run in one thread: with another number sums round in another order, and many processes share two cores.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+OPTIONS = ["--dataset", "tiny.npz", *TINY]
+CLOSE = 5e-3 if DEVICE == "cuda" else 1e-3  # there convolutions are in TF32 by default
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # with another number sums round in another order
 
 
-def command(folder, *options, ranks=1, script="train.py"):
-    if DEVICE == "cuda" and ranks > torch.cuda.device_count():
-        pytest.skip(f"{ranks} processes want a GPU each")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return dict(
-        args=[sys.executable, *launcher, str(ROOT / script), *map(str, options)],
-        cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def run(folder, *options, code=0, **how) -> str:
-    done = subprocess.run(**command(folder, *options, **how), timeout=200)
-    assert done.returncode == code, done.stdout
+def execute(folder, *command) -> str:
+    how = dict(cwd=folder, env=ENVIRONMENT, text=True, timeout=200, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([sys.executable, *map(str, command)], **how)
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def here(script, folder, options, monkeypatch, capsys, code=0) -> str:
-    """What a script's main says in this process, which saves the seconds of a start."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, options)])
+def here(folder, *options, code=0, main=train.main, name="train.py") -> str:
+    """What the script says in this process, which saves the seconds of a start."""
+    said = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "argv", [name])
+            train.run_script(name, lambda: main([str(option) for option in options]))
+    assert stop.value.code == code, said.getvalue()
+    return said.getvalue()
+
+
+def fork(folder, options, main, name, rank=0, **variables) -> int:
+    """The script in another process, a fork of this one, which saves a start; it says all into said-RANK.txt."""
+    if DEVICE == "cuda":
+        pytest.skip("CUDA survives no fork")
+    if child := os.fork():
+        return child
     try:
-        status = script.main()
-    except SystemExit as stop:  # argparse's own
+        signal.alarm(100)
+        os.chdir(folder)
+        os.environ |= variables | {"RANK": str(rank)} if variables else {}
+        sys.argv, sys.stdout = [name], open(f"said-{rank}.txt", "w")
+        sys.stderr = sys.stdout
+        train.run_script(name, lambda: main([str(option) for option in options]))
+    except SystemExit as stop:
         status = stop.code
-    said = capsys.readouterr()
-    assert status == code, said
-    return said.out + said.err
+    except BaseException:
+        traceback.print_exc()
+        status = 99
+    sys.stdout.flush()
+    os._exit(status)
 
 
-def refusal(script, folder, options, monkeypatch, capsys) -> str:
-    return here(script, folder, options, monkeypatch, capsys, code=2)
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def pair(folders, *options, main=train.main, name="train.py") -> list[int]:
+    """Statuses of two processes that act as one, by the variables that torchrun sets."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [wait(c) for c in [fork(folder, options, main, name, r, **variables) for r, folder in enumerate(folders)]]
+
+
+def kill(folder, file: str, times: int, *options, main=train.main, name="train.py") -> str:
+    """What the script says until SIGKILL, which comes when it is about to put a file in place for the n-th time."""
+    left, real = iter(range(1, 1000)), os.replace
+
+    def replace(source, target):
+        if Path(target).name == file and next(left) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        assert wait(fork(folder, options, main, name)) == -signal.SIGKILL
+    return (folder / "said-0.txt").read_text()
+
+
+def write_tiny(folder) -> None:
+    rng, labels = np.random.default_rng(0), np.arange(45) % 3
+    images = (40 * labels[:, None, None, None] + rng.integers(0, 60, (45, 32, 32, 1))).astype(np.uint8)
+    test = {"test_images": images[:12], "test_labels": labels[:12]}
+    np.savez(folder / "tiny.npz", train_images=images, train_labels=labels, **test)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny data set, and one complete run on it, named whole."""
     folder = tmp_path_factory.mktemp("train")
-    rng = np.random.default_rng(0)
-    labels = np.arange(72) % 3
-    images = (40 * labels[:, None, None, None] + rng.integers(0, 60, (72, 32, 32, 1))).astype(np.uint8)
-    np.savez(
-        folder / "tiny.npz", train_images=images, train_labels=labels, test_images=images[:12], test_labels=labels[:12]
-    )
-    run(folder, "--dataset", "tiny.npz", "--name", "whole", *TINY)
+    write_tiny(folder)
+    (folder / "said.txt").write_text(execute(folder, ROOT / "train.py", *OPTIONS, "--name", "whole"))
     return folder
 
 
-def same_weights(folder, one, other, **tolerance):
-    a, b = (load_checkpoint(folder / "runs" / name / "carso.pt")[0].state_dict() for name in (one, other))
+def result(run):
+    return load_carso(run / "carso.pt")[0]
+
+
+def assert_same(one, other, close=0.0):
+    """The same weights and rows of the logs in two runs' folders."""
+    a, b = result(one).state_dict(), result(other).state_dict()
     assert a.keys() == b.keys()
     for key in a:
-        assert_close(a[key], b[key], **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+        assert_close(a[key], b[key], rtol=close, atol=close, msg=lambda text, key=key: f"{key}: {text}")
+    for log in other.glob("log-*.tsv"):
+        rows = (np.loadtxt(path, skiprows=1) for path in (one / log.name, log))
+        np.testing.assert_allclose(*rows, rtol=close / 10, atol=close / 100)
 
 
-def test_a_run_leaves_what_it_promises(folder, monkeypatch, capsys):
-    whole = folder / "runs" / "whole"
-    logs = {"log.tsv", "log-classifier.tsv", "log-batchnorm.tsv"}
-    kept = {"carso.pt", "classifier.pt", "config.json", "reconstructions.png"}
-    assert {path.name for path in whole.iterdir()} == kept | logs
-    log = (whole / "log.tsv").read_text().splitlines()
-    assert log[0].split("\t") == ["epoch", "loss", "bce", "kld"] and len(log) == 4
-    carso, state = load_checkpoint(whole / "carso.pt")
-    assert state["dataset"] == "tiny.npz" and carso.samples == 2
-    again = here(train, folder, ["--dataset", "tiny.npz", "--name", "whole", *TINY], monkeypatch, capsys)
-    assert "is complete" in again
+WHOLE = {"carso.pt", "classifier.pt", "config.json", "reconstructions.png"}
+WHOLE |= {f"log-{stage}.tsv" for stage in ("classifier", "purifier", "batchnorm")}
 
 
-def test_log_holds_means_over_the_epoch(folder):
-    """bce of a picture of 1024 pixels is a few hundred, whatever the batch size; the loss joins it with the KL
-    weight."""
-    rows = np.loadtxt(folder / "runs" / "whole" / "log.tsv", skiprows=1)
-    assert ((rows[:, 2] > 100) & (rows[:, 2] < 1500)).all()
-    p = PRESETS["digits"]
-    assert p.epochs == 24
-    assert rows[0, 1] == pytest.approx(rows[0, 2])  # KL weight 0 in the first epoch
+def test_a_run_leaves_what_it_promises_and_says_what_it_logs(folder):
+    whole, said = folder / "runs" / "whole", (folder / "said.txt").read_text()
+    assert {path.name for path in whole.iterdir()} == WHOLE and not list(folder.rglob("*.part"))
+    carso, state = load_carso(whole / "carso.pt")
+    assert state["dataset"] == "tiny.npz" and carso.samples == 2 and state["classes"] == ["0", "1", "2"]
+    assert "\r" not in said and said.endswith("now: python evaluate.py --ckpt runs/whole/carso.pt --budget reduced\n")
+    printed = [line.split() for line in said.splitlines() if re.match(r" *(\d|epoch)", line)]
+    for stage in ("classifier", "purifier", "batchnorm"):
+        log = [line.split("\t") for line in (whole / f"log-{stage}.tsv").read_text().splitlines()]
+        rows = [log[0]] + [[row[0], *(f"{float(value):.5g}" for value in row[1:])] for row in log[1:]]
+        assert rows == [line[: len(log[0])] for line in printed[: len(log)]]
+        assert printed[len(log) - 1][-1] == "0m00s"
+        del printed[: len(log)]
+    assert not printed
+    purifier = np.loadtxt(whole / "log-purifier.tsv", skiprows=1)  # means: of 1024 pixels, about log 2 each
+    assert purifier[:, 0].tolist() == [0, 1] and ((purifier[:, 2] > 300) & (purifier[:, 2] < 1500)).all()
+    assert purifier[0, 1] == pytest.approx(purifier[0, 2])  # the KL weight is 0 in the first epoch
+    assert "is complete" in here(folder, *OPTIONS, "--name", "whole")
+
+
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(folder):
+    """SIGKILL in the moment between writing and renaming a checkpoint."""
+    options = [*OPTIONS, "--name", "killed", "--save-every", "0"]
+    left = folder / "runs" / "killed"
+    said = kill(folder, "classifier.resume.pt", 3, *options)
+    assert "classifier: 1 epochs of 45 pictures" in said  # nobody has to wait until a buffer is full
+    assert (left / "classifier.resume.pt.part").is_file() and not (left / "classifier.pt").exists()
+    said = kill(folder, "purifier.resume.pt", 8, *options)
+    assert "classifier: 1 epochs of 45 pictures in batches of 15, going on at epoch 0, step 2" in said
+    said = kill(folder, "batchnorm.resume.pt", 4, *options)
+    assert "classifier: 1 epochs" not in said and "going on at epoch 1, step 2" in said
+    said = here(folder, *options)
+    assert "in batches of 9, going on at epoch 2, step 0" in said and "going on at epoch 0, step 3" in said
+    assert {path.name for path in left.iterdir()} == WHOLE
+    assert_same(folder / "runs" / "whole", left)
+
+
+def interrupt(monkeypatch, at: int, *signals, rank=None):
+    """The signals arrive in the middle of the purifier's step number `at`, at one process only."""
+    steps, real = iter(range(1, 1000)), Lookahead.step
+
+    def step(self):
+        real(self)
+        for name in signals if next(steps) == at and os.environ.get("RANK") == rank else ():
+            os.kill(os.getpid(), name)
+
+    monkeypatch.setattr(Lookahead, "step", step)
+
+
+@pytest.mark.parametrize("name, at, where", [("SIGTERM", 4, "epoch 0, step 4"), ("SIGINT", 7, "epoch 1, step 2")])
+def test_a_stopped_run_saves_first_and_ends_as_if_it_had_not_been(folder, monkeypatch, name, at, where):
+    """Before and after Lookahead's first synchronisation, at step 6."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    given = [*OPTIONS, "--name", name, "--classifier", "runs/whole/classifier.pt"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, at, signal.Signals[name])
+        said = here(folder, *given, code=130)
+    assert f"stopped at purifier {where}, and saved; the same command goes on" in said
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert f"going on at {where}" in here(folder, *given)
+    assert_same(folder / "runs" / "whole", folder / "runs" / name)
+
+
+def test_a_second_ctrl_c_does_not_wait(folder, monkeypatch):
+    given = [*OPTIONS, "--name", "hasty", "--classifier", "runs/whole/classifier.pt"]
+    interrupt(monkeypatch, 7, signal.SIGINT, signal.SIGINT)
+    said = here(folder, *given, code=130)
+    assert said.splitlines()[-1] == "stopped; the same command goes on from what was saved"
+    assert {path.name for path in (folder / "runs" / "hasty").iterdir()} == {"config.json", "log-purifier.tsv"}
+
+
+def test_two_processes_of_torchrun_give_the_same_weights(folder):
+    """Stage one, to save time; the next test has both."""
+    if DEVICE == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("two processes want a GPU each")
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    said = execute(folder, *torchrun, ROOT / "train.py", *OPTIONS, "--name", "two", "--stage", "classifier")
+    assert "2 process(es)" in said and "Warning" not in said
+    assert said.count("classifier: clean") == 1  # one speaks for all
+    one, two = (load_tensors(folder / "runs" / n / "classifier.pt")["state_dict"] for n in ("whole", "two"))
+    for key in one:
+        assert_close(one[key], two[key], rtol=CLOSE, atol=CLOSE)
+
+
+def test_two_processes_without_a_shared_folder_stop_and_go_on_together(folder, tmp_path, monkeypatch):
+    """Only one of them gets the signal, and only the first one sees what was saved."""
+    folders = tmp_path / "here", tmp_path / "elsewhere"
+    for each in folders:
+        each.mkdir()
+        write_tiny(each)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7, signal.SIGTERM, rank="1")
+        assert pair(folders, *OPTIONS) == [130, 130]
+    assert [(each / "runs").exists() for each in folders] == [True, False]
+    assert pair(folders, *OPTIONS) == [0, 0]
+    said = (folders[0] / "said-0.txt").read_text()
+    assert "classifier: 1 epochs" not in said and "going on at epoch 1, step 2" in said
+    assert_same(folder / "runs" / "whole", folders[0] / "runs" / "tiny", close=CLOSE)
+    assert pair(folders, *OPTIONS) == [0, 0] and "is complete" in (folders[0] / "said-0.txt").read_text()
+
+
+@pytest.mark.parametrize("how", [["--micro-batch", "4"], ["--bf16"]])
+def test_less_memory_and_less_precision_change_roundings_only(folder, monkeypatch, how):
+    """In bfloat16 are the attacks, the classifier and the purifier; not the losses."""
+    seen, whole, run = set(), *(folder / "runs" / name for name in ("whole", how[0]))
+
+    def watch(module, name):
+        real = getattr(module, name)
+        note = lambda: seen.add((name, torch.is_autocast_enabled(DEVICE)))  # noqa: E731
+        monkeypatch.setattr(module, name, lambda *args, **more: note() or real(*args, **more))
+
+    for name in ("pgd", "record", "adversarially_balanced_batch", "vae_loss"):
+        watch(train, name)
+    watch(Purifier, "encode")
+    watch(purifier, "checkpoint")
+    here(folder, *OPTIONS, *how, f"--name={run.name}")
+    reduced = {name for name, autocast in seen if autocast}
+    if how == ["--bf16"]:
+        assert reduced == {"pgd", "record", "adversarially_balanced_batch", "encode"} and ("vae_loss", False) in seen
+        logs = [np.loadtxt(path / "log-purifier.tsv", skiprows=1) for path in (whole, run)]
+        assert not np.array_equal(*logs)
+        np.testing.assert_allclose(*logs, rtol=0.1)
+    else:
+        assert not reduced and ("checkpoint", False) in seen  # the purifier's activations are computed twice
+        assert_same(whole, run, close=CLOSE)
+
+
+# --------------------------------------------------------------------------------------------------------- the options
 
 
 @pytest.fixture(scope="module")
-def calm(folder):
-    """A run with a tiny eps (the sign of a gradient turns a rounding into a step of full length, so that a real
-    attack's pictures differ in a few pixels), and a learning rate that makes RAdam's first five steps count: they
-    follow the bare gradient, so that its scale matters. Its pictures are attacked anew in every batch."""
-    options = ["--dataset", "tiny.npz", *TINY, "--eps", "0.00001", "--epochs", "2", "--attack-versions", "0"]
-    options += ["--learning-rate", "1e-3", "--learning-rate-start", "3e-7"]
-    run(folder, *options, "--name", "calm")
-    return options
-
-
-@pytest.mark.parametrize("how", ["two processes", "micro-batches"])
-def test_the_same_weights_up_to_the_order_of_summation(folder, calm, how, monkeypatch, capsys):
-    if how == "two processes":
-        output = run(folder, *calm, "--name", how, ranks=2)
-        assert "--batch-size 9 over 2 processes" in output
-    else:
-        here(train, folder, [*calm, "--name", how, "--micro-batch", "4"], monkeypatch, capsys)
-    close = 5e-3 if DEVICE == "cuda" else 1e-3  # there convolutions are in TF32 by default
-    same_weights(folder, "calm", how, rtol=close, atol=close)
-    one, other = (np.loadtxt(folder / "runs" / name / "log.tsv", skiprows=1) for name in ("calm", how))
-    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("stages", [("classifier", "batchnorm"), ("purifier",)])
-def test_a_killed_run_goes_on_and_ends_bitwise_equal(folder, stages):
-    if DEVICE == "cuda" and stages != ("purifier",):
-        pytest.skip("a GPU is looked at every ten steps, and has done the few of these stages by then")
-    name = f"killed in {stages[0]}"
-    options = ("--dataset", "tiny.npz", "--name", name, *TINY, "--save-every", "0")
-    for stage in stages:
-        process = subprocess.Popen(**command(folder, *options))
-        checkpoint = folder / "runs" / name / f"{stage}.resume.pt"
-        wanted = 10 if stage == "purifier" else 1  # steps; after Lookahead's first synchronisation, at 6
-        while process.poll() is None:
-            time.sleep(0.005)
-            if checkpoint.is_file():  # renamed into place, so it is whole at any moment
-                saved = torch.load(checkpoint, weights_only=True)
-                if 8 * saved["epoch"] + saved["step"] >= wanted:
-                    break
-        process.send_signal(signal.SIGTERM if stage == "classifier" else signal.SIGKILL)
-        output = process.communicate(timeout=100)[0]
-        if stage == "classifier":
-            assert process.returncode == 130 and "the same command goes on" in output, output
-        assert not (folder / "runs" / name / "carso.pt").exists(), "killed too late to test anything"
-        if stage != stages[0]:
-            assert f"{stages[0]}: going on" in output, output
-    output = run(folder, *options)
-    assert re.search(rf"{stages[-1]}: going on at epoch \d+, step \d+", output), output
-    same_weights(folder, "whole", name, rtol=0, atol=0)
-    logs = [(folder / "runs" / n / "log.tsv").read_text() for n in ("whole", name)]
-    assert logs[0] == logs[1]
-
-
-END = ["--objective", "end-to-end", "--end-epochs", "2", "--end-batch-size", "9", "--end-attack-steps", "2"]
-
-
-@pytest.fixture(scope="module")
-def end_to_end(folder):
-    """Options of a run from the paper-trained checkpoint, and its result, named end. Like calm, with a tiny eps."""
-    start = ["--from", "runs/whole/carso.pt", "--eps", "0.00001", "--end-learning-rate", "3e-4"]
-    options = ["--dataset", "tiny.npz", *BUDGET, *END, *start]
-    run(folder, *options, "--name", "end")
-    return options
-
-
-def test_end_to_end_trains_the_decoders_path_and_nothing_else(folder, end_to_end):
-    before, after = (load_checkpoint(folder / "runs" / name / "carso.pt")[0] for name in ("whole", "end"))
-    assert after.own_answer == 0.5 and before.own_answer == 0
-    frozen = ("classifier.", "purifier.image_encoder", "purifier.joint_head", "purifier.to_")
-    new = after.state_dict()
-    for key, old in before.state_dict().items():
-        if key.startswith(frozen):
-            assert torch.equal(old, new[key]), key
-        elif key.endswith("weight"):
-            assert not torch.equal(old, new[key]), key
-    log = np.loadtxt(folder / "runs" / "end" / "log-end-to-end.tsv", skiprows=1)
-    assert log.shape == (2, 4) and (0 < log[:, 2]).all() and (log[:, 2] < 1.5).all()  # BCE a value
-
-
-@pytest.mark.parametrize("how", ["two processes", "micro-batches"])
-def test_end_to_end_is_the_same_up_to_the_order_of_summation(folder, end_to_end, how, monkeypatch, capsys):
-    if how == "two processes":
-        run(folder, *end_to_end, "--name", f"end {how}", ranks=2)
-    else:
-        here(train, folder, [*end_to_end, "--name", f"end {how}", "--micro-batch", "4"], monkeypatch, capsys)
-    same_weights(folder, "end", f"end {how}", rtol=0.02, atol=0.02)  # Adam makes steps of full length of roundings, too
-    logs = [np.loadtxt(folder / "runs" / name / "log-end-to-end.tsv", skiprows=1) for name in ("end", f"end {how}")]
-    np.testing.assert_allclose(*logs, rtol=1e-3)
-
-
-def test_end_to_end_killed_goes_on_and_ends_bitwise_equal(folder, end_to_end):
-    process = subprocess.Popen(**command(folder, *end_to_end, "--name", "end-killed", "--save-every", "0"))
-    checkpoint = folder / "runs" / "end-killed" / "end-to-end.resume.pt"
-    while process.poll() is None:
-        time.sleep(0.005)
-        if checkpoint.is_file():
-            saved = torch.load(checkpoint, weights_only=True)
-            if 8 * saved["epoch"] + saved["step"] >= 3:
-                break
-    process.kill()
-    process.communicate(timeout=100)
-    assert not (folder / "runs" / "end-killed" / "carso.pt").exists(), "killed too late to test anything"
-    assert "end-to-end: going on at epoch" in run(folder, *end_to_end, "--name", "end-killed")
-    same_weights(folder, "end", "end-killed", rtol=0, atol=0)
-
-
-def test_end_to_end_lowers_the_loss_under_attack(folder, monkeypatch, capsys):
-    """From scratch, with a real radius: the pictures of three grey levels become separable under attack."""
-    options = ["--dataset", "tiny.npz", *TINY, *END, "--from", "scratch", "--end-epochs", "6", "--eps", "0.05"]
-    options += ["--classifier", "runs/whole/classifier.pt", "--name", "end-scratch", "--tap", "init_conv"]
-    here(train, folder, options, monkeypatch, capsys)
-    assert load_checkpoint(folder / "runs" / "end-scratch" / "carso.pt")[0].layers == ["init_conv"]
-    log = np.loadtxt(folder / "runs" / "end-scratch" / "log-end-to-end.tsv", skiprows=1)
-    assert log[-1, 1] < log[0, 1] and log[-1, 2] < log[0, 2]
+def given(folder):
+    """Options of a short run around the complete run's classifier."""
+    return [*OPTIONS, "--epochs", "1", "--classifier", folder / "runs" / "whole" / "classifier.pt"]
 
 
 @pytest.mark.parametrize(
     "tap, layers",
     [
-        (None, representation_layers(16)),
+        (["*"], representation_layers(16)),
         (["layer.2.*"], [name for name in representation_layers(16) if name.startswith("layer.2.")]),
         (["*.shortcut", "init_conv"], ["layer.1.block.0.shortcut", "layer.2.block.0.shortcut", "init_conv"]),
-        (["*.block.0.conv_0", "layer.0.*"], [f"layer.{group}.block.0.conv_0" for group in range(3)]
-         + ["layer.0.block.0.conv_1", "layer.0.block.1.conv_0", "layer.0.block.1.conv_1"]),
+        (["*.block.0.conv_0", "layer.0.block.0.*"],
+         [f"layer.{group}.block.0.conv_0" for group in range(3)] + ["layer.0.block.0.conv_1"]),
     ],
 )  # fmt: skip
 def test_a_pattern_stands_for_the_papers_layers_that_it_matches(tap, layers):
     """Each of them once; a name that no pattern stands for is the module of that name."""
-    with torch.device("meta"):
-        carso = untrained(WideResNet(10, 16, 1), (3, 32, 32), PRESETS["digits"], tap)
-    assert carso.layers == layers
+    data, p = some_digits(2), dataclasses.replace(PRESETS["digits"], decoder_width=8, condition_dim=8)
+    assert train.build_defence(WideResNet(10, 16, 1, 1), data, p, tap, 0).layers == layers
 
 
-@pytest.mark.parametrize("epochs, least", [(8, 0.95), (1, 1.0)])
-def test_forty_digits_train_with_no_other_option(tmp_path, monkeypatch, capsys, epochs, least):
-    """A loss that falls, from batches of 16; even in one epoch, of three steps that RAdam takes at the first rate."""
-    digits = data.load("digits")
-    images, labels = digits.train_images[:40, 0].numpy(), digits.train_labels[:40].numpy()
-    np.savez(tmp_path / "few.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    options = ["--dataset", "few.npz", "--preset", "digits", "--epochs", epochs, "--classifier-epochs", "1"]
-    output = here(train, tmp_path, [*options, "--device", DEVICE], monkeypatch, capsys)
-    assert "in batches of 16" in output and "--batch-size 16 instead of 64" in output
-    bce = np.atleast_2d(np.loadtxt(tmp_path / "runs" / "few" / "log.tsv", skiprows=1))[:, 2]
-    assert bce[-1] <= least * bce[0] < 1000
-    config = load_checkpoint(tmp_path / "runs" / "few" / "carso.pt")[1]["config"]
-    assert (config["batch_size"], config["learning_rate"], config["classifier_learning_rate"]) == (16, 0.002, 0.025)
+def test_a_classifier_from_a_file_a_second_one_a_layer_and_no_samples(folder, given, monkeypatch):
+    torch.manual_seed(5)
+    final = WideResNet(3, 10, 2, 1)
+    normalisation = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.5])}
+    models.save_tensors(folder / "final.pt", {"state_dict": final.state_dict() | normalisation})
+    options = [*given, "--name", "second", "--final", "final.pt", "--tap", "init_conv", "--samples", "0"]
+    optimizers, build = [], train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", lambda *a: optimizers.append(build(*a)) or optimizers[0])
+    assert "classifier: " not in here(folder, *options)
+    carso, whole = (result(folder / "runs" / name) for name in ("second", "whole"))
+    assert hash_weights(carso.final) == hash_weights(final)
+    assert hash_weights(carso.classifier) == hash_weights(whole.classifier) and not whole.final
+    assert carso.layers == ["init_conv"] and carso.samples == 0
+    x = torch.rand(2, 1, 32, 32)
+    assert torch.equal(carso(x), carso(x))  # z = 0, nothing is drawn
+    assert_close(list(carso.purifier.parameters()), optimizers[0].slow, check_device=False)  # not Lookahead's fast ones
 
 
-@pytest.mark.parametrize("stage", ["classifier", "purifier", "end-to-end"])
-def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, stage, monkeypatch, capsys):
-    settings = BUDGET if stage == "end-to-end" else TINY
-    options = ["--dataset", "tiny.npz", *settings, "--name", f"diverged-{stage}", "--save-every", "0"]
-    options += {
-        "classifier": ["--classifier-learning-rate", "1e30"],
-        "purifier": ["--classifier", "runs/whole/classifier.pt", "--learning-rate-start", "1e30"],
-        "end-to-end": [*END, "--from", "runs/whole/carso.pt", "--end-learning-rate", "1e30"],
-    }[stage]
-    output = refusal(train, folder, options, monkeypatch, capsys)
-    assert re.search(rf"train.py: {stage}: (the loss|a weight) is not finite at epoch 0, step \d", output), output
-    left = {path.name for path in (folder / "runs" / f"diverged-{stage}").iterdir()}
-    assert left - {"attacked"} == {"config.json"}  # the attacked training set is whole, and serves another rate as well
-
-
-def test_grey_pictures_of_two_classes_from_training_to_report(tmp_path, monkeypatch, capsys):
-    """As MedMNIST has them: 28x28, labels (N, 1)."""
-    rng, labels = np.random.default_rng(0), np.arange(60)[:, None] % 2
-    images = (90 * labels[..., None] + rng.integers(0, 90, (60, 28, 28))).astype(np.uint8)
-    splits = {"train": slice(48), "val": slice(48, 54), "test": slice(54, 60)}
-    arrays = {f"{s}_{k}": a[rows] for s, rows in splits.items() for k, a in (("images", images), ("labels", labels))}
-    np.savez(tmp_path / "mnist.npz", **arrays)
-    sizes = "--condition-dim 8 --latent-dim 4 --decoder-width 8 --samples 2 --depth 10 --width 1".split()
-    budget = "--epochs 2 --classifier-epochs 1 --attack-steps 1 --classifier-attack-steps 1 --eps 0.05".split()
-    options = ["--dataset", "mnist.npz", "--preset", "cifar10", *sizes, *budget, "--device", DEVICE]
-    assert "resized from 28x28 to 32x32" in here(train, tmp_path, options, monkeypatch, capsys)
-    options = f"--ckpt runs/mnist/carso.pt --out report --steps 1 --eot 1 --draws 2 --device {DEVICE} --attack apgd"
-    here(evaluate, tmp_path, options.split(), monkeypatch, capsys)
-    assert json.loads((tmp_path / "report" / "report.json").read_text())["n"] == 6
-
-
-APART = """
-import os, runpy, sys
-sys.path.insert(0, {root!r})
-if os.environ["RANK"] == "1":
-    os.chdir("elsewhere")
-runpy.run_path({root!r} + "/train.py", run_name="__main__")
-"""
-
-
-def test_processes_without_a_shared_folder_go_on_at_the_same_step(folder, calm, monkeypatch, capsys):
-    """One process is stopped in the second epoch; of the two that go on, only one sees what it left."""
-    steps, real = iter(range(100)), Lookahead.step
-    terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(Lookahead, "step", lambda self: real(self) or (next(steps) == 9 and terminate()))
-    output = here(train, folder, [*calm, "--name", "apart"], monkeypatch, capsys, code=130)
-    assert "stopped at purifier epoch 1, step 2" in output
-    (folder / "elsewhere").mkdir()
-    (folder / "elsewhere" / "tiny.npz").symlink_to(folder / "tiny.npz")
-    (folder / "apart.py").write_text(APART.format(root=str(ROOT)))
-    how = command(folder, *calm, "--name", "apart", ranks=2)
-    how["args"] = [str(folder / "apart.py") if a == str(ROOT / "train.py") else a for a in how["args"]]
-    done = subprocess.run(**how, timeout=200)
-    assert done.returncode == 0 and "purifier: going on at epoch 1, step 2" in done.stdout, done.stdout
-    same_weights(folder, "calm", "apart", rtol=1e-3, atol=1e-3)
-
-
-def test_a_run_stands_on_the_same_data_and_weights(folder, tmp_path, monkeypatch, capsys):
-    """And on a checkpoint that is whole. Each is told before anything is changed."""
-    arrays = dict(np.load(folder / "tiny.npz"))
-    shutil.copy(folder / "tiny.npz", tmp_path)
-    kept = torch.load(folder / "runs" / "whole" / "classifier.pt", weights_only=True)
-    torch.save(kept, tmp_path / "weights.pt")
-    options = ["--dataset", "tiny.npz", *TINY, "--classifier", "weights.pt", "--name", "one"]
-
-    def interrupted(*_):  # as Ctrl-C does; a real signal may arrive a moment later, when all is done
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train_purifier", interrupted)
-    here(train, tmp_path, options, monkeypatch, capsys, code=130)
-    np.savez(tmp_path / "tiny.npz", **arrays | {"train_images": arrays["train_images"] // 2})
-    assert re.search("data: .* there, .* now", refusal(train, tmp_path, options, monkeypatch, capsys))
-    np.savez(tmp_path / "tiny.npz", **arrays)
-    kept["state_dict"]["logits.bias"] += 1
-    torch.save(kept, tmp_path / "weights.pt")
-    assert re.search("weights: .* there, .* now", refusal(train, tmp_path, options, monkeypatch, capsys))
-    kept["state_dict"]["logits.bias"] -= 1
-    monkeypatch.undo()
-    torch.save(torch.load(folder / "runs" / "whole" / "classifier.pt", weights_only=True), tmp_path / "weights.pt")
-    (tmp_path / "runs" / "one" / "purifier.resume.pt").write_bytes(b"PK half a file")
-    output = refusal(train, tmp_path, options, monkeypatch, capsys)
-    assert "purifier.resume.pt is damaged; delete it" in output
-
-
-def test_torchrun_restarts_a_killed_process_and_training_goes_on(folder, calm):
-    options = [*calm, "--name", "restart", "--save-every", "0", "--classifier", "runs/calm/classifier.pt"]
-    how = command(folder, *options, ranks=2)
-    how["args"].insert(3, "--max-restarts=1")
-    process = subprocess.Popen(**how)
-    while not (folder / "runs" / "restart" / "purifier.resume.pt").is_file() and process.poll() is None:
-        time.sleep(0.01)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    output = process.communicate(timeout=150)[0]
-    assert process.returncode == 0 and "purifier: going on at" in output, output
-    same_weights(folder, "calm", "restart", rtol=1e-3, atol=1e-3)
-
-
-def test_other_settings_in_the_same_folder_are_refused(folder, monkeypatch, capsys):
-    options = ["--dataset", "tiny.npz", "--name", "whole", *TINY, "--eps", "1/4"]
-    output = refusal(train, folder, options, monkeypatch, capsys)
-    assert "eps: 0.2 there, 0.25 now" in output and "--name" in output
-
-
-def test_a_classifier_from_a_file(folder, monkeypatch, capsys):
-    weights = folder / "runs" / "whole" / "classifier.pt"
-    options = ["--dataset", "tiny.npz", "--name", "given", "--classifier", weights, *TINY]
-    output = here(train, folder, options, monkeypatch, capsys)
-    assert "clean accuracy" in output
-    same_weights(folder, "whole", "given", rtol=0, atol=0)
-
-
-def test_stage_one_goes_on_from_given_weights(folder, monkeypatch, capsys):
-    weights = folder / "runs" / "whole" / "classifier.pt"
-    options = ["--dataset", "tiny.npz", *TINY, "--name", "on", "--train-on", weights, "--epochs", "1"]
-    options += ["--classifier-learning-rate", "0", "--classifier-weight-decay", "0"]
-    output = here(train, folder, options, monkeypatch, capsys)
-    assert "classifier: 1 epochs" in output, output
-    before, after = (torch.load(folder / "runs" / n / "classifier.pt")["state_dict"] for n in ("whole", "on"))
+def test_stage_one_goes_on_from_given_weights(folder):
+    options = [*OPTIONS, "--name", "on", "--train-on", "runs/whole/classifier.pt", "--stage", "classifier"]
+    here(folder, *options, "--classifier-learning-rate", "0", "--classifier-weight-decay", "0")
+    before, after = (load_tensors(folder / "runs" / n / "classifier.pt")["state_dict"] for n in ("whole", "on"))
     for key, old in before.items():  # the learning rate is 0: only BatchNorm's statistics move
         assert torch.equal(old, after[key]) != ("running" in key or "tracked" in key), key
 
 
-def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, monkeypatch, capsys):
-    options = ["--dataset", "tiny.npz", *TINY, "--name", "stages"]
-    output = here(train, folder, [*options, "--stage", "classifier"], monkeypatch, capsys)
-    assert {path.name for path in (folder / "runs" / "stages").iterdir()} >= {"classifier.pt", "config.json"}
-    assert not (folder / "runs" / "stages" / "carso.pt").exists()
-    assert "evaluate.py --ckpt runs/stages/classifier.pt --dataset tiny.npz --eps 51/255" in output
-    here(train, folder, options, monkeypatch, capsys)
-    kept = torch.load(folder / "runs" / "stages" / "classifier.pt", "cpu", weights_only=True)["state_dict"]
-    for key, tensor in load_checkpoint(folder / "runs" / "stages" / "carso.pt")[0].classifier.state_dict().items():
-        assert torch.equal(tensor, kept[key]), key  # stage two took the classifier of stage one
+def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, monkeypatch):
+    options = [*OPTIONS, "--name", "stages"]
+    said = here(folder, *options, "--stage", "classifier")
+    assert f"evaluate.py --ckpt runs/stages/classifier.pt --dataset tiny.npz --eps {1e-5:g}" in said
+    assert {path.name for path in (folder / "runs" / "stages").iterdir()} >= {"classifier.pt", "log-classifier.tsv"}
+    monkeypatch.setattr(train, "train_classifier", None)  # it is not trained again
+    here(folder, *options)
+    assert_same(folder / "runs" / "whole", folder / "runs" / "stages")
 
 
-@pytest.mark.parametrize("limit, sizes", [([], [9, 3]), (["--micro-batch", "5"], [5, 5, 2])])
-def test_a_classifier_is_kept_and_then_measured_in_the_memory_of_its_training(
-    folder, monkeypatch, capsys, limit, sizes
-):
-    measured = []
+@pytest.mark.parametrize("augment", [[], ["--augment", "--mirror"], ["--augment", "--no-mirror"]])
+def test_stage_one_is_its_recipe(folder, monkeypatch, augment):
+    """Augmentation as asked; radii and rates of three steps; the average over an epoch is kept."""
+    asked, radii, rates, weights, real = [], [], [], [], torch.optim.SGD.step
 
-    def attack(classifier, x, y, *given, **how):
-        if how.get("steps") != 20:
-            return pgd(classifier, x, y, *given, **how)
-        assert (folder / "runs" / f"kept{sizes}" / "classifier.pt").is_file()
-        return measured.append(len(x)) or x
+    def step(optimizer):
+        real(optimizer)
+        group = optimizer.param_groups[0]
+        rates.append(group["lr"])
+        weights.append(group["params"][0].detach().clone())
 
-    monkeypatch.setattr(robust_training, "pgd", attack)
-    options = ["--dataset", "tiny.npz", *TINY, "--stage", "classifier", "--classifier-batch-size", "9", *limit]
-    here(train, folder, [*options, "--name", f"kept{sizes}"], monkeypatch, capsys)
-    assert measured == sizes
-
-
-def test_a_run_inside_anothers_folder_stays(folder, monkeypatch, capsys):
-    for name in ("outer/attacked", "outer"):
-        here(train, folder, ["--dataset", "tiny.npz", *TINY, "--name", name, "--epochs", "1"], monkeypatch, capsys)
-    assert (folder / "runs" / "outer" / "attacked" / "carso.pt").is_file()
-    assert not list((folder / "runs" / "outer").rglob("*-0000000.pt"))
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(train, "pgd", lambda model, x, y, eps, *_, **__: radii.append(eps) or x)
+    monkeypatch.setattr(datasets, "augment", lambda x, draws, mirror: asked.append((len(x) == len(draws), mirror)) or x)
+    name, plain = "-".join(["recipe", *augment]), ["--classifier-attack-steps", "0"] if not augment else []
+    here(folder, *OPTIONS, "--name", name, "--stage", "classifier", "--eps", "0.12", *plain, *augment)
+    assert asked == [(True, "--mirror" in augment)] * 3 * bool(augment)
+    assert radii[:-1] == pytest.approx([0.01, 0.05 / 3, 0.07 / 3] * bool(augment))  # the last is the measurement's
+    assert rates == pytest.approx([0.01, 0.1 * (2 / 3) / 0.7, 0.1 * (1 / 3) / 0.7])
+    kept = load_tensors(folder / "runs" / name / "classifier.pt")["state_dict"]["init_conv.weight"]
+    assert_close(kept, weights[0].lerp(weights[1], 1 / 3).lerp(weights[2], 1 / 3), check_device=False)
 
 
-def test_bad_data_under_torchrun_gets_the_sentence_of_each_process(tmp_path):
-    output = run(tmp_path, "--dataset", "nothing.npz", ranks=2, code=1)  # torchrun's own status
-    assert output.count("train.py: there is no file nothing.npz") == 2 and "Connection" not in output
+@pytest.mark.parametrize(
+    "options, want",
+    [([], "keep published"), (["--width", "2"], "train None"), (["--train-on", "a.pt"], "train a.pt"),
+     (["--classifier", "Wang2023Better_WRN-28-10"], "keep Wang2023Better_WRN-28-10")],
+)  # fmt: skip
+def test_published_is_the_default_where_it_exists(tmp_path, monkeypatch, options, want):
+    def stop(how, *_):
+        raise ValueError(f"{how} {loaded[-1]}")
+
+    loaded, data = [None], dataclasses.replace(some_digits(60), name="cifar10")
+    monkeypatch.setattr(datasets, "load", lambda *_: data)
+    monkeypatch.setattr(train, "load_given", lambda weights, *_: loaded.append(weights) or WideResNet(10, 10, 1, 1))
+    monkeypatch.setattr(train, "make_classifier", functools.partial(stop, "train"))
+    monkeypatch.setattr(train, "train_purifier", functools.partial(stop, "keep"))
+    assert here(tmp_path, "--dataset", "cifar10", *options, code=2).splitlines()[-1] == f"train.py: {want}"
 
 
-def test_no_terminal_at_all(folder):
-    how = command(folder, "--dataset", "tiny.npz", *TINY, "--stage", "classifier", "--name", "quiet")
-    assert subprocess.run(**how | dict(stdout=None, stderr=None, preexec_fn=lambda: os.close(2))).returncode == 0
+@pytest.mark.parametrize("name, samples", [("digits", 3), ("mine.npz", 300)])
+def test_the_reduced_budget_is_proposed_for_own_pictures_only(tmp_path, tiny_carso, capsys, name, samples):
+    tiny_carso.samples = samples
+    data = some_digits(5)
+    data = dataclasses.replace(data, name=name, test_images=data.test_images[:2], test_labels=data.test_labels[:2])
+    train.finish(Run(tmp_path, {"dataset": name}, Ranks(CPU), 60), data, "data", tiny_carso)
+    assert capsys.readouterr().out.endswith("carso.pt\n" if name == "digits" else "carso.pt --budget reduced\n")
 
 
-def test_a_data_set_in_the_folder_where_one_stands(tmp_path, monkeypatch):
-    """Its run is named after that folder, and lies under runs/."""
-    monkeypatch.chdir(tmp_path)
-    for name in (".", "..", "pictures/.."):
-        _, run_name = train.prepare(train.parse_arguments(["--dataset", name]))
-        assert run_name == (tmp_path / name).resolve().stem
-    (tmp_path / "latest.npz").symlink_to("v3.npz")  # a link has a name of its own, and runs/ may be on another disk
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "runs").symlink_to("elsewhere")
-    assert train.prepare(train.parse_arguments(["--dataset", "latest.npz"]))[1] == "latest"
+# --------------------------------------------------------------------------------------------------- a script's bad day
+
+
+@pytest.mark.parametrize("at, sentence", [(1, "the loss is not finite at epoch 0"), (3, "a weight is not finite")])
+@pytest.mark.parametrize("stage, kind", [("classifier", torch.optim.SGD), ("purifier", torch.optim.RAdam)])
+def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, given, monkeypatch, stage, kind, at, sentence):
+    """After the last of three steps only the weights show it."""
+    steps, real = iter(range(1, 4)), kind.step
+
+    def step(self):
+        real(self)
+        if next(steps) == at:
+            nn.init.constant_(self.param_groups[0]["params"][0], torch.inf)
+
+    monkeypatch.setattr(kind, "step", step)
+    options = OPTIONS if stage == "classifier" else [*given, "--batch-size", "15"]
+    said = here(folder, *options, "--name", f"{stage}-{at}", code=2).splitlines()[-1]
+    assert said.startswith(f"train.py: {stage}: {sentence}")
+    assert said.endswith(": choose a lower learning rate, and another --name")
+    assert not list((folder / "runs" / f"{stage}-{at}").glob("*.pt"))
 
 
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--dataset", "cifar11"], "no data set cifar11"),
-        (["--dataset", "nowhere.npz"], "no file nowhere.npz"),
-        (["--eps", "8"], "write 8/255"),
-        (["--eps", "eight"], "'eight' is not a number such as 8/255"),
-        (["--fraction", "1.5"], "not a share between 0 and 1"),
-        (["--batch-size", "1"], "--batch-size 1 must be 2 or more"),
-        (["--own-answer", "1"], "not a share of at least 0 and less than 1"),
-        (["--epochs", "0"], "must be 1 or more"),
-        (["--classifier", "nothing.pt"], "no file nothing.pt"),
-        (["--depth", "11"], "6n \\+ 4"),
-        (["--objective", "end-to-end"], "no runs/digits/carso.pt to start from"),
-        (["--objective", "end-to-end", "--classifier", "train"], "goes with --from scratch"),
-        (["--objective", "end-to-end", "--tap", "init_conv"], "--tap goes with --from scratch"),
-        (["--objective", "end-to-end", "--width", "2", "--samples", "3"], "--width and --samples: the checkpoint that"),
-        (["--mirror", "true"], "goes with --augment true"),
-        (["--tap", "init_conv", "layer.9"], "the classifier has no layer named layer.9"),
-        (["--tap", "layer.9.*"], "the classifier has no layer named layer.9.\\*"),
-        (["--tap", "logits"], "layer 0 of the representation is .* tap an earlier layer"),
-        (["--objective", "end-to-end", "--from", "scratch", "--tap", "logits"], "tap an earlier layer"),
-        (["--tap", "init_conv", ""], "--tap is empty"),
-        (["--objective", "end-to-end", "--from", ""], "--from is empty"),
-        (["--depth", "999999999994"], "up to 1000"),
-        (["--latent-dim", "9" * 30], "up to a million"),
-        (["--micro-batch", "0"], "--micro-batch 0 must be 1 or more"),
-        (["--seed", "9" * 30], "--seed 9* must be less than 2\\^32"),
-        (["--save-every", "nan"], "--save-every nan must be 0 or more"),
-        (["--name", "../elsewhere"], "--name is that of a folder under runs/"),
-        (["--name", "."], "--name is that of a folder under runs/"),
-        (["--dataset", "/"], "--name is that of a folder under runs/"),
-        (["--attack-versions", "6"], "--attack-versions 6 must be 0 to 3, or a multiple of 4"),
-        (["--train-on", "published"], "no classifier is published for digits"),
-        (["--from", "scratch"], "goes with --objective end-to-end"),
+        (["--dataset", "cifar11"], "cifar11 is none of digits, "),
+        (["--dataset", "nowhere.npz"], "nowhere.npz is none of"),
+        (["--eps", "eight"], "argument --eps: invalid parse_eps value: 'eight'"),
+        (["--eps", "nan"], "argument --eps: invalid parse_eps value: 'nan'"),
+        (["--stage", "purifier"], "argument --stage: invalid choice"),
+        (["--depth", "11"], "depth must be 6n + 4"),
+        (["--warmup", "30"], "--warmup 30 and --plateau 6 are longer than the 24 epochs"),
+        (["--kl-from", "5", "--kl-to", "4"], "--kl-from 5 and --kl-to 4 are not in order"),
+        (["--classifier", "nothing.pt"], "there is no file nothing.pt; published for digits are: none"),
         (["--train-on", "a.pt", "--classifier", "b.pt"], "exclude each other"),
+        (["--stage", "classifier", "--classifier", "x.pt"], "leave out --classifier and --final"),
+        (["--tap", "init_conv", "layer.9.*"], "the classifier has no layer named layer.9.*"),
+        (["--tap", "logits"], "layer 0 of the representation is (10,); the purifier's"),
+        (["--tap", ""], "layer 0 of the representation is (10,); the purifier's"),
+        (["--micro-batch", "0"], "--micro-batch 0 is not 1 or more"),
+        (["--batch-size", "2000", "--device", "cuda"], "--device cuda: PyTorch finds no GPU here"),
     ],
-)  # fmt: skip
-def test_wrong_input_gets_a_sentence(tmp_path, monkeypatch, capsys, options, sentence):
-    assert re.search(sentence, refusal(train, tmp_path, options, monkeypatch, capsys))
-    assert not list(tmp_path.iterdir())  # nothing was begun
+)
+def test_wrong_input_gets_a_sentence_before_anything_is_written(tmp_path, monkeypatch, options, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = here(tmp_path, *options, code=2).splitlines()[-1]
+    assert said.startswith("train.py: ") and sentence in said
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("channels, classes, sentence", [(3, 3, "expected pictures"), (1, 4, "do not fit")])
-def test_weights_that_do_not_fit_the_data_are_refused_by_name(folder, monkeypatch, capsys, channels, classes, sentence):
-    weights = WideResNet(classes, 10, 1, channels).state_dict()
-    torch.save(weights | {"mean": torch.full((channels,), 0.5), "std": torch.full((channels,), 0.5)}, folder / "w.pt")
-    for option in ("--classifier", "--train-on"):
-        output = refusal(train, folder, ["--dataset", "tiny.npz", *TINY, option, "w.pt"], monkeypatch, capsys)
-        assert "w.pt" in output and sentence in output and not (folder / "runs" / "tiny").exists()
+def test_batches_fit_the_set_and_the_number_of_processes(folder, capsys):
+    def load(*options):
+        args = train.parse_arguments(["--dataset", str(folder / "tiny.npz"), *options])
+        return train.load_data(args, Ranks(CPU, 0, 8), train.choose_preset("digits", args))[1]
+
+    assert load().batch_size == 16 and "--batch-size 16 for ten batches an epoch of 45" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--batch-size 7 leaves a batch of 6 for 8 process"):
+        load("--batch-size", "7")
 
 
-STRANGE = ([1], torch.ones(3), {"state_dict": torch.ones(2)}, {"parts": {}}, {"differences": torch.ones(2)})
+@pytest.mark.parametrize("channels, classes, sentence", [(3, 3, "for pictures of 3 channel"), (1, 4, "do not fit")])
+def test_weights_that_do_not_fit_the_data_are_refused_by_name(folder, channels, classes, sentence):
+    normalisation = {"mean": torch.full((channels,), 0.5), "std": torch.full((channels,), 0.5)}
+    weights = WideResNet(classes, 10, 1, channels).state_dict() | normalisation
+    models.save_tensors(folder / "other.pt", weights)
+    for option in ("--classifier", "--train-on", "--final"):
+        said = here(folder, *OPTIONS, "--name", "unfit", option, "other.pt", code=2)
+        assert "train.py: " in said and "other.pt" in said and sentence in said
+        assert not (folder / "runs" / "unfit").exists()
 
 
-@pytest.mark.parametrize("file", ["classifier.pt", "purifier.resume.pt", "attacked/0-0000000.pt"])
-def test_strange_files_in_a_runs_folder_are_refused_by_name(folder, tmp_path, monkeypatch, capsys, file):
+def test_a_folder_stands_on_one_configuration_one_data_set_and_one_set_of_weights(folder, tmp_path, given):
     shutil.copy(folder / "tiny.npz", tmp_path)
+    kept = load_tensors(folder / "runs" / "whole" / "classifier.pt")
+    for name in ("weights.pt", "final.pt"):
+        models.save_tensors(tmp_path / name, kept)
     shutil.copytree(folder / "runs" / "whole", tmp_path / "runs" / "whole")
-    (tmp_path / "runs" / "whole" / "carso.pt").unlink()
-    path = tmp_path / "runs" / "whole" / file
-    path.parent.mkdir(exist_ok=True)
-    for content in STRANGE:
-        torch.save(content, path)
-        options = ["--dataset", "tiny.npz", "--name", "whole", *TINY]
-        output = refusal(train, tmp_path, options, monkeypatch, capsys)
-        assert f"runs/whole/{file}" in output.splitlines()[-1] and "Traceback" not in output
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.*")}
+    said = here(tmp_path, *OPTIONS, "--name", "whole", "--eps", "1/4", "--seed", "3", code=2)
+    assert "runs/whole holds other settings (seed: 0 there, 3 now; eps: 1e-05 there, 0.25 now)" in said
+    assert "choose another --name" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.*")} == before
+
+    options = [*OPTIONS, "--name", "one", "--classifier", "weights.pt", "--final", "final.pt", "--epochs", "1"]
+    trained = [*OPTIONS, "--name", "trained", "--final", "final.pt", "--epochs", "1"]
+    for some in (options, trained):
+        here(tmp_path, *some)
+    arrays = dict(np.load(tmp_path / "tiny.npz"))
+    np.savez(tmp_path / "tiny.npz", **arrays | {"train_images": arrays["train_images"] // 2})
+    assert re.search("data: .* there, .* now", here(tmp_path, *options, code=2))
+    np.savez(tmp_path / "tiny.npz", **arrays)
+    kept["state_dict"]["logits.bias"] += 1
+    for name, some in (("weights.pt", options), ("final.pt", trained)):
+        models.save_tensors(tmp_path / name, kept)
+        assert re.search("weights: .* there, .* now", here(tmp_path, *some, code=2))
 
 
-def test_memory_that_is_not_enough_gets_a_sentence(folder, tmp_path, monkeypatch, capsys):
-    for hungry in (lambda: torch.empty(2**60), lambda: np.empty(2**50)):
-        with pytest.raises((RuntimeError, MemoryError)) as caught:
-            hungry()
-        assert out_of_memory(caught.value)
-        monkeypatch.setattr(train, "stage_one", lambda *_, hungry=hungry: hungry())
-        shutil.copy(folder / "tiny.npz", tmp_path)
-        output = refusal(train, tmp_path, ["--dataset", "tiny.npz", *TINY], monkeypatch, capsys)
-        assert "the memory is not enough: add --micro-batch" in output
-    assert not out_of_memory(RuntimeError("shape mismatch"))
+@pytest.mark.parametrize("file", ["classifier.pt", "classifier.resume.pt", "purifier.resume.pt", "batchnorm.resume.pt"])
+def test_damaged_files_are_refused_by_name_and_left_as_they_are(folder, tmp_path, file):
+    whole = tmp_path / "runs" / "whole"
+    shutil.copy(folder / "tiny.npz", tmp_path)
+    shutil.copytree(folder / "runs" / "whole", whole)
+    (whole / "carso.pt").unlink()
+    if file == "classifier.resume.pt":
+        (whole / "classifier.pt").unlink()
+    content = (folder / "runs" / "whole" / "classifier.pt").read_bytes()
+    for damaged in (b"", b"PK half a file", content[:-2000]):
+        (whole / file).write_bytes(damaged)
+        said = here(tmp_path, *OPTIONS, "--name", "whole", code=2).splitlines()[-1]
+        assert said.startswith(f"train.py: runs/whole/{file} ") and (whole / file).read_bytes() == damaged
 
 
-def test_a_refusal_from_the_shell(tmp_path):
-    output = run(tmp_path, "--eps", "8", code=2)
-    assert "write 8/255" in output and "Traceback" not in output
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are looked up there")
+def test_no_open_file_is_replaced_which_windows_refuses(folder, given, monkeypatch):
+    replaced, real = set(), os.replace
 
+    def replace(source, target):
+        for file in Path("/proc/self/fd").iterdir():
+            for path in (source, target):
+                with contextlib.suppress(OSError):
+                    assert not os.path.samefile(file, path), f"{path} is open"
+        replaced.add(Path(target).name)
+        real(source, target)
 
-def test_one_step_of_the_full_cifar10_preset():
-    """WRN-28-10 and the purifier of 106 million parameters: attack, representation, forward, backward."""
-    p = PRESETS["cifar10"]
-    layers, sizes = representation_layers(p.depth), dict(condition_dim=p.condition_dim, latent_dim=p.latent_dim)
-    carso = build_carso(WideResNet(10, p.depth, p.width), layers, (3, 32, 32), p.samples, **sizes)
-    clean, y = torch.rand(2, 3, 32, 32), torch.tensor([3, 5])
-    perturbed = adversarially_balanced_batch(carso.classifier, clean, y, p.eps, p.fraction, steps=1)
-    with torch.no_grad():
-        _, representation = record(carso.classifier, carso.layers, perturbed)
-    carso.train()
-    reconstruction, mu, logvar = carso.purifier(perturbed, representation)
-    loss, bce, _ = vae_loss(reconstruction, clean, mu, logvar, beta=0.5)
-    loss.backward()
-    assert 0.3 < bce.item() / clean.numel() < 1.5  # an untrained reconstruction: about log 2 a value
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in carso.purifier.parameters())
-    assert all(p.grad is None for p in carso.classifier.parameters())
-
-
-def test_published_is_the_default_where_it_exists():
-    for options, expected in (
-        (["--dataset", "cifar10"], "published"),
-        (["--dataset", "cifar10", "--width", "2"], "train"),
-        (["--dataset", "digits"], "train"),
-        (["--dataset", "mine.npz"], "train"),
-    ):
-        args = train.parse_arguments(options)
-        train.prepare(args)
-        assert args.classifier == expected
-
-
-def test_mixed_precision_training_of_the_classifier(folder, monkeypatch, capsys):
-    options = ["--dataset", "tiny.npz", "--name", "bf16", *TINY, "--bf16", "true", "--epochs", "1"]
-    output = here(train, folder, options, monkeypatch, capsys)
-    row = (folder / "runs" / "bf16" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
-    full = (folder / "runs" / "whole" / "log-classifier.tsv").read_text().splitlines()[1].split("\t")
-    assert row != full and float(row[1]) == pytest.approx(float(full[1]), rel=0.05), output
-
-
-def test_a_run_of_another_length_keeps_the_schedules_proportions():
-    p, _ = train.prepare(train.parse_arguments(["--preset", "cifar10", "--dataset", "mine.npz", "--epochs", "40"]))
-    assert (p.warmup, p.plateau, p.kl_from, p.kl_to) == (5, 5, 5, 6)
-    rates = [learning_rate(e, p) for e in range(40)]
-    assert rates[0] == 5e-9 and rates[5] == rates[10] == 0.064 and rates[39] < 0.003
-    p, _ = train.prepare(train.parse_arguments(["--dataset", "digits", "--epochs", "2", "--warmup", "0"]))
-    assert p.warmup == 0 and p.plateau == 1
+    monkeypatch.setattr(os, "replace", replace)
+    here(folder, *given, "--name", "windows", "--save-every", "0")
+    written = {"purifier.resume.pt", "batchnorm.resume.pt", "config.json", "log-purifier.tsv", "log-batchnorm.tsv"}
+    assert replaced == written | {"carso.pt", "reconstructions.png"}

@@ -1,0 +1,168 @@
+"""More attacks for evaluate.ATTACKS: our Auto-PGD through several outputs, transfer, fixed noise, a black box.
+
+With the paper's attacks they are the union that `python -m lab.evaluate --attack all` runs: the worst of each picture
+counts. Each run: (seen, x, y, eps, budget) -> candidates (N, B, C, H, W) in the ball and in [0, 1]; see
+evaluate.Attack.
+
+Shapes: B pictures, N candidates, S members, K classes.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from attacks import LOSSES, project, random_point
+from evaluate import ATTACKS, VIEWS, Attack, Seen, climb
+
+# ------------------------------------------------------------------------------------------------------------ APGD
+
+
+def apgd(objective, x: torch.Tensor, eps: float, steps: int, start: torch.Tensor):
+    """Auto-PGD (Croce and Hein 2020): momentum, and a step size that starts at 2 eps and is halved for each picture
+    whose loss has stopped growing, which then restarts from its best point. There is nothing to tune.
+
+    Unlike AutoAttack's own, it follows whatever average the objective makes over the draws of a stochastic model,
+    instead of the last draw's loss; it never stops at a lucky draw; and where a gradient is not finite it stays where
+    it is.
+
+    Args: objective: pictures -> losses (B,), gradient (B, C, H, W). start: a point of the eps-ball around x.
+    Returns: for each picture the point of the largest loss seen, and that loss.
+    """
+    window, shortest, shorter = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    column = (-1, 1, 1, 1)
+    current = previous = best = start.detach()
+    loss, gradient = objective(current)
+    best_loss, best_gradient = loss.nan_to_num(nan=-torch.inf), gradient.clone()
+    step_size = torch.full_like(loss, 2 * eps)
+    rises, since = torch.zeros_like(loss), 0  # steps that raised the loss since the last check, steps since then
+    halved, loss_at_check = torch.ones_like(loss, dtype=torch.bool), loss.clone()
+    for i in range(steps):
+        stride = project(current + step_size.view(column) * gradient.nan_to_num().sign(), x, eps)
+        momentum = 0.75 if i > 0 else 1.0
+        moved = project(current + momentum * (stride - current) + (1 - momentum) * (current - previous), x, eps)
+        previous, current = current, moved
+        last_loss = loss
+        loss, gradient = objective(current)
+        rises += (loss > last_loss).float()
+        better = loss > best_loss
+        best = torch.where(better.view(column), current, best)
+        best_gradient = torch.where(better.view(column), gradient, best_gradient)
+        best_loss = torch.where(better, loss, best_loss)
+        since += 1
+        if since == window:
+            stuck = (rises <= 0.75 * window) | (~halved & (best_loss <= loss_at_check))
+            step_size = torch.where(stuck, step_size / 2, step_size)
+            current = torch.where(stuck.view(column), best, current)
+            gradient = torch.where(stuck.view(column), best_gradient, gradient)
+            loss = torch.where(stuck, best_loss, loss)
+            halved, loss_at_check, rises, since = stuck, best_loss.clone(), torch.zeros_like(loss), 0
+            window = max(window - shorter, shortest)
+    return best, best_loss
+
+
+# --------------------------------------------------------------------------------------------------------- the runs
+
+
+def apgd_through(view: str | None, loss: str, seen: Seen, x, y, eps, budget):
+    """Our APGD on one loss, through one view (None: the chosen one), averaged over draws."""
+    seen = seen.through(VIEWS.get(view))
+    return apgd(climb(seen, y, loss, budget["eot"]), x, eps, budget["steps"], random_point(x, eps))[0][None]
+
+
+def apgd_targeted(seen: Seen, x, y, eps, budget):
+    """Our APGD towards the likeliest wrong classes, one after the other."""
+    with torch.no_grad():
+        logits = seen(x)
+    classes = logits.shape[1]
+
+    def margin(logits, both):
+        """How far the logit of the wanted class is above that of the true one; `both` holds the two numbers in one."""
+        true, wanted = both % classes, both // classes
+        return (logits.gather(1, wanted[:, None]) - logits.gather(1, true[:, None])).squeeze(1)
+
+    likeliest = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+    found = []
+    for number in range(min(budget["targets"], classes - 1)):
+        climbed = climb(seen, y + classes * likeliest[:, number], margin, budget["eot"])
+        found.append(apgd(climbed, x, eps, budget["steps"], random_point(x, eps))[0])
+    return torch.stack(found)
+
+
+def fixed_noise(seen: Seen, x, y, eps, budget):
+    """The same latent draws at every step: a deterministic model, attacked by APGD without EoT."""
+    climbed = climb(seen, y, "ce", 1, seen.draw(x, 1))
+    return apgd(climbed, x, eps, budget["steps"], random_point(x, eps))[0][None]
+
+
+def transfer(seen: Seen, x, y, eps, budget):
+    """Adversarial pictures of the bare classifier, and of the one that labels, where that is another."""
+    sources = dict.fromkeys([seen.model.classifier, getattr(seen.model, "labeller", seen.model.classifier)])
+    found = []
+    for source in sources:
+        for loss in LOSSES:
+            climbed = climb(seen.through(model=source), y, loss)
+            found.append(apgd(climbed, x, eps, budget["steps"], random_point(x, eps))[0])
+    return torch.stack(found)
+
+
+def square(seen: Seen, x, y, eps, budget):
+    """AutoAttack's Square, black box, on the answer averaged over EoT draws: S x EoT members a query, or, of a model
+    without members, the mean of its logits."""
+    from pyautoattack.square import SquareAttack
+
+    more = seen.through(samples=seen.samples * budget["eot"])
+    averaged = more if seen.has_members else lambda x: seen.answer(x, budget["eot"], None).mean(1)
+    settings = dict(n_queries=budget["queries"], eps=eps, norm="Linf", device=x.device, verbose=False)
+    with torch.no_grad():  # it would keep the graph of every query
+        found = SquareAttack(averaged, seed=torch.initial_seed() % 2**31, **settings).perturb(x, y)
+    return project(found, x, eps)[None]
+
+
+# In the order in which they run: those that follow gradients come first, so that it shows what the others take beyond
+# them. A loss can be flat through one output and steep through another.
+ROWS = {
+    "apgd-ce": Attack(partial(apgd_through, None, "ce")),
+    "apgd-dlr": Attack(partial(apgd_through, None, "dlr")),
+    "apgd-sum-exp": Attack(partial(apgd_through, "sum-exp", "dlr"), needs="member_logits"),
+    "apgd-mean-logit": Attack(partial(apgd_through, "mean-logit", "ce"), needs="member_logits"),
+    "apgd-t": Attack(apgd_targeted),
+    "fixed-noise": Attack(fixed_noise, white_box=False, eot=False, needs="member_logits"),
+    "transfer": Attack(transfer, white_box=False, eot=False, needs="classifier"),
+    "square": Attack(square, white_box=False),
+}
+GROUPS = {
+    "apgd": [name for name in ROWS if name.startswith("apgd")],
+    "paper": ["standard", "pgd-eot", "rand"],
+    "all": ["standard", "pgd-eot", "rand", *ROWS],
+}
+ALL = ATTACKS | ROWS
+
+
+# --------------------------------------------------------------------------------------------------------- controls
+
+
+def cut_condition(carso: nn.Module) -> nn.Module:
+    """The decoder is told nothing about the picture: what is left is not the purifier's doing."""
+    carso.purifier.condition_head.register_forward_hook(lambda module, inputs, condition: torch.zeros_like(condition))
+    return carso
+
+
+def fix_codes(carso: nn.Module) -> nn.Module:
+    """Each member has a latent code of its own, which is always the same: a deterministic defence."""
+    latent_dim = carso.purifier.config["latent_dim"]
+
+    def draw(x, samples):
+        codes = [torch.randn(latent_dim, generator=torch.Generator().manual_seed(s)) for s in range(samples)]
+        return torch.stack(codes).to(x).expand(len(x), -1, -1)
+
+    carso.draw = draw
+    return carso
+
+
+CONTROLS = {
+    "classifier": lambda carso: carso.classifier,
+    "final": lambda carso: carso.labeller,
+    "zero-condition": cut_condition,
+    "fixed-z": fix_codes,
+}

@@ -1,0 +1,136 @@
+"""The shape of the repository, and what the README says of it: imports, tables, links, the code that it prints."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT
+
+import train
+from attacks import format_eps
+
+README = (ROOT / "README.md").read_text()
+ROOT_FILES = {path.stem: path for path in ROOT.glob("*.py")}
+CARD = {"models", "purifier", "attacks", "aggregate", "data", "train", "evaluate"}
+
+
+def find_imports(path) -> set[str]:
+    """The project's own modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module.partition(".")[0]}
+    return found & (CARD | {"lab"})
+
+
+def test_the_root_is_the_card_and_stands_alone():
+    assert ROOT_FILES.keys() == CARD
+    imports = {name: find_imports(path) for name, path in ROOT_FILES.items()}
+    assert imports["models"] == imports["aggregate"] == imports["attacks"] == imports["data"] == set()
+    assert imports["purifier"] == {"models", "aggregate"}
+    assert not any("lab" in found for found in imports.values())
+    assert "evaluate" not in imports["train"] and "train" not in imports["evaluate"]
+
+
+def test_sizes_and_links_are_true():
+    sizes = {path: int(lines) for path, lines in re.findall(r"^\| \[(\w+\.py)\]\(.*?\) \| (\d+) \|", README, re.M)}
+    ours = {path.name: len(path.read_text().splitlines()) for path in ROOT_FILES.values()}
+    assert sizes == {name: round(lines, -1) for name, lines in ours.items()}
+    assert len(README.splitlines()) <= 150
+    assert len((ROOT / "RESULTS.md").read_text().splitlines()) <= 400
+    for page in ("README.md", "RESULTS.md", "study.md"):
+        for link in re.findall(r"\]\((?!http|#)(.*?)\)|src=\"(.*?)\"", (ROOT / page).read_text()):
+            path = "".join(link).partition("#")[0]
+            assert (ROOT / path).exists() or path.startswith("lab"), f"{page} links to {path}"
+    for file, names in re.findall(r"\((\w+\.py), ((?:`[\w.]+`(?:, |\s+)?)+)\)", README):
+        for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
+            assert re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()), f"{file} has no {name}"
+
+
+def test_the_table_of_presets_is_true():
+    rows = {
+        "classifier": lambda p: f"WRN-{p.depth}-{p.width}",
+        "D, Z, S": lambda p: f"{p.condition_dim}, {p.latent_dim}, {p.samples}",
+        "epochs: all, warm-up, plateau": lambda p: f"{p.epochs}, {p.warmup}, {p.plateau}",
+        "batch, over all GPUs": lambda p: f"{p.batch_size:,}",
+        "perturbed share": lambda p: f"{p.fraction:g}",
+        "eps": lambda p: format_eps(p.eps),
+        "PGD steps x size": lambda p: f"{p.attack_steps} x {p.attack_step_size:g}",
+    }
+    for name, text in rows.items():
+        line = "| " + " | ".join([name, *(text(p) for p in train.PRESETS.values())]) + " |"
+        assert line in README, line
+
+
+def test_options_in_the_readme_exist(capsys):
+    import evaluate
+
+    known = set()
+    for parse in (train.parse_arguments, evaluate.main):
+        try:
+            parse(["--help"])
+        except SystemExit:
+            known |= set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+    commands = re.findall(r"(?:^|/)(?:torchrun.*?|python )?(?:train|evaluate)\.py (.*)", README, re.M)
+    named = {option for command in commands for option in re.findall(r"--[a-z0-9-]+", command.partition("#")[0])}
+    assert named and named <= known, named - known
+
+
+def test_the_own_classifier_of_the_readme_is_trained_and_attacked(tmp_path):
+    """The README's own.py, as it stands there but for its length."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "build_carso" in block)
+    assert len(code.strip().splitlines()) <= 32 and "epochs=8" in code and "steps=20" in code
+    for name in CARD:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+    code = code.replace("epochs=8", "epochs=1").replace("[:100]", "[:5]").replace("steps=20", "steps=2")
+    (tmp_path / "own.py").write_text(code)
+    done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"clean \d\.\d+, attacked \d\.\d+", done.stdout), done.stdout
+    assert (tmp_path / "runs" / "own" / "log-purifier.tsv").is_file()
+
+
+AROUND_A_RESNET = """
+import torch
+from torchvision.models import resnet18
+from models import record
+from purifier import build_carso, vae_loss
+
+torch.manual_seed(0)
+layers = ["conv1", "layer1.0.conv2", "layer2.1.conv1"]
+sizes = dict(condition_dim=16, latent_dim=4, decoder_width=16)
+known = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+for tapped, arguments, sentence in (
+    (layers, sizes, "pass mean= and std="),
+    (layers, sizes | known, "layer 2 of the representation is (128, 8, 8)"),
+    (["fc"], sizes | known, "layer 0 of the representation is (7,)"),
+):
+    try:
+        build_carso(resnet18(num_classes=7), tapped, (3, 64, 64), samples=3, **arguments)
+    except ValueError as error:
+        assert sentence in str(error), error
+    else:
+        raise AssertionError(sentence)
+carso = build_carso(resnet18(num_classes=7), layers[:2], (3, 64, 64), samples=3, **sizes, **known)
+x = torch.rand(4, 3, 64, 64, requires_grad=True)
+carso.train()
+reconstruction, mu, logvar = carso.purifier(x, record(carso.classifier, carso.layers, x)[1])
+vae_loss(reconstruction, x.detach(), mu, logvar, beta=1.0)[0].backward()
+logits = carso.eval()(x)
+assert logits.shape == (4, 7) and carso.purify(x).shape == (4, 3, 3, 64, 64)
+assert torch.autograd.grad(logits.logsumexp(1).sum(), x)[0].abs().sum() > 0
+print("done")
+"""
+
+
+def test_three_files_alone_defend_a_resnet(tmp_path):
+    for name in ("models", "purifier", "aggregate"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    (tmp_path / "mine.py").write_text(AROUND_A_RESNET)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "done\n", done.stderr
