@@ -72,10 +72,13 @@ def scale_and_activate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
 def fuse(function, device_type: str):
     """The function as one kernel for any number of rows; the function itself, with a line of log, where PyTorch finds
     no compiler."""
+    from torch import _dynamo  # not at the top: a CPU does without
+
+    _dynamo.config.recompile_limit = 64  # types, activations, with and without a gradient: more than the usual 8
     compiled, x = torch.compile(function, dynamic=True), torch.ones(4, 8, device=device_type, requires_grad=True)
-    torch._dynamo.config.recompile_limit = 64  # types, activations, with and without a gradient: more than the usual 8
     try:
-        compiled(x, x.detach()[0], x.detach()[0], F.silu).sum().backward()
+        with torch.enable_grad():  # the first caller may want none
+            compiled(x, x.detach()[0], x.detach()[0], F.silu).sum().backward()
         return compiled
     except Exception as error:  # Dynamo, Inductor and Triton raise anything where a compiler is missing
         print(f"BatchNorm is not fused with its activation: {str(error).splitlines()[0]:.80}", file=sys.stderr)

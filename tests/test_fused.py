@@ -65,6 +65,13 @@ def test_networks_answer_alike_fused_and_not(tiny_carso, monkeypatch):
     assert (found[0][1] - found[1][1]).norm() < 1e-3 * found[1][1].norm()
 
 
+def test_the_first_call_may_want_no_gradient(tiny_carso):
+    models.fuse.cache_clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tiny_carso.requires_grad_(False)(torch.rand(2, 1, 32, 32))
+    assert models.fuse(models.scale_and_activate, "cpu") is not models.scale_and_activate
+
+
 def test_hooks_see_the_same_tensors(tiny_carso, monkeypatch):
     x = torch.rand(2, 1, 32, 32)
     fused = models.record(tiny_carso.classifier, tiny_carso.layers, x)[1]
