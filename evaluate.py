@@ -623,10 +623,7 @@ def find_masking(e: Evaluation, table: dict[str, dict]) -> list[str]:
         both = table[name]["attacked"] & attacked.any(0)
         stronger = np.where(both, white_right - table[name]["right"].mean(1), 0.0)
         if np.quantile(bootstrap_means(stronger), 0.025) > 0.01:
-            points = 100 * stronger.mean()
-            found.append(
-                f"{name} takes {points:.1f} points more than the attacks that follow gradients: they are masked"
-            )
+            found.append(f"{name} takes {100 * stronger.mean():.1f} points more than attacks that follow gradients do")
     return found
 
 
@@ -638,8 +635,10 @@ def write_report(e: Evaluation) -> dict:
     worst["select"] = np.min([np.where(t["attacked"], t["select"], 1.0) for t in counted], axis=0)
     faults, notes = find_faults(e, table)
     by_class = {k: labels == k for k in np.unique(labels).tolist()}
-    version = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
-    name = torch.cuda.get_device_name(e.device) if e.device.type == "cuda" else platform.machine()
+    machine = {"device": platform.machine(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
+    machine |= {"torch": torch.__version__, "python": platform.python_version()}
+    if e.device.type == "cuda":
+        machine |= {"device": torch.cuda.get_device_name(e.device), "tf32": torch.backends.cudnn.allow_tf32}
     result = e.about | {
         "n": len(labels),
         "eps": e.eps,
@@ -654,7 +653,7 @@ def write_report(e: Evaluation) -> dict:
         "deterministic": e.deterministic,
         "audit": {"passed": not faults, "messages": faults, "notes": notes},
         "config": e.config,
-        "environment": version | {"device": name, "threads": torch.get_num_threads()},
+        "environment": machine,
     }
     for name in (name for name in table if name not in CONTROLS):
         t, budget, standing = table[name], e.budget_for(name), int(table[name]["attacked"].sum())
@@ -698,11 +697,10 @@ def format_report(r: dict) -> str:
     rows += [(attack["target"], name, attack) for name, attack in r["attacks"].items()]
     for model, attack, part in [*rows, ("**defence**", "**worst of all**", r["robust"])]:
         percent = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in (part["accuracy"], *part["interval"])))
-        work = (
-            [f"{part['steps']} x {part['eot']}", part["standing"], f"{part['seconds']:.0f}"] if "steps" in part else ""
-        )
-        cells = [model, attack, percent, f"{100 * part['worst_draw']:.1f}", *(work or [""] * 3)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        cells = [model, attack, percent, f"{100 * part['worst_draw']:.1f}", "", "", ""]
+        if "steps" in part:
+            cells[4:] = f"{part['steps']} x {part['eot']}", str(part["standing"]), f"{part['seconds']:.0f}"
+        lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "- accuracy: in %, the expectation over fresh draws of the noise, with a 95 % interval over pictures.",
@@ -730,9 +728,7 @@ def explain(r: dict) -> str:
     if not r["audit"]["passed"]:
         return "Through such gradients an accuracy says little: what was found is found, what was not may be there."
     if "classifier" not in r:
-        return (
-            f"The model keeps {100 * r['robust']['accuracy']:.1f} % of these {r['n']} pictures under its worst attack."
-        )
+        return f"The model keeps {100 * r['robust']['accuracy']:.1f} % of {r['n']} pictures under its worst attack."
     if "to_classifier" not in r:
         return "No attack on the bare classifier to compare with: add --attack standard."
     low, high = (100 * value for value in r["to_classifier"]["interval"])

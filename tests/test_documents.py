@@ -56,10 +56,8 @@ def test_the_table_of_presets_is_true():
         "classifier": lambda p: f"WRN-{p.depth}-{p.width}",
         "D, Z, S": lambda p: f"{p.condition_dim}, {p.latent_dim}, {p.samples}",
         "epochs: all, warm-up, plateau": lambda p: f"{p.epochs}, {p.warmup}, {p.plateau}",
-        "batch, over all GPUs": lambda p: f"{p.batch_size:,}",
         "perturbed share": lambda p: f"{p.fraction:g}",
         "eps": lambda p: format_eps(p.eps),
-        "PGD steps x size": lambda p: f"{p.attack_steps} x {p.attack_step_size:g}",
     }
     for name, text in rows.items():
         line = "| " + " | ".join([name, *(text(p) for p in train.PRESETS.values())]) + " |"
