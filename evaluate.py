@@ -810,7 +810,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modul
         model = load_published(folder, len(data.classes), data.test_images.shape[1:], data.mean, data.std).to(device)
         _, accuracy = next(iter(PUBLISHED[args.published].values()))
         check_clean_accuracy(model.classifier, data, accuracy, folder)
-        return model, data, {}, Path("runs") / f"published-{args.published}" / "carso.pt"
+        return model, data, {}, Path("runs") / f"published-{args.published}" / "authors"
     if args.dataset and not is_carso(args.ckpt):
         data = datasets.load(args.dataset, args.data_dir or "data")
         return load_classifier(args.ckpt, len(data.classes), data.mean, data.std).to(device), data, {}, Path(args.ckpt)

@@ -374,7 +374,7 @@ def is_carso(path) -> bool:
 def load_carso(path, device="cpu") -> tuple[CARSO, dict]:
     """The defence that `save_carso` wrote, in eval mode on `device`, and its `state`. No code of the file is run.
 
-    Raises ValueError if the file is missing, damaged, or no CARSO."""
+    Raises ValueError if the file is missing, cannot be opened, or is no CARSO."""
     content = load_tensors(path)
     if "purifier_weights" not in content:
         raise ValueError(f"{path} is not a CARSO (train.py writes one as runs/NAME/carso.pt)")
