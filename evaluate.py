@@ -845,6 +845,7 @@ def choose_numbers(args: argparse.Namespace, model: nn.Module, state: dict, data
 def prepare(args, model: nn.Module, data, state: dict, source: Path, attacks=ATTACKS, groups=(), **more) -> Evaluation:
     """The evaluation that the command line asks for. more: what else its result depends on. Raises ValueError."""
     numbers, groups = choose_numbers(args, model, state, data.name, len(data.test_labels)), dict(groups)
+    model.requires_grad_(False)
     if hasattr(model, "purifier"):
         model.samples = numbers["samples"]
     asked = {"clean", "noise", *(name for chosen in args.attack for name in groups.get(chosen, [chosen]))}
@@ -854,7 +855,8 @@ def prepare(args, model: nn.Module, data, state: dict, source: Path, attacks=ATT
     )
     # The normalisation of a bare classifier may not be among its weights.
     normalisation = [list(model.config[key]) for key in ("mean", "std")] if isinstance(model, WideResNet) else None
-    config = {"weights": hash_weights(model.requires_grad_(False)), "normalisation": normalisation}
+    weights = more.pop("weights", None) or hash_weights(model)
+    config = {"weights": weights, "normalisation": normalisation}
     config |= {"data": datasets.fingerprint(images, labels, data.classes), "classes": len(data.classes)}
     config |= {"attacks": list(chosen), "cascade": not args.no_cascade, "bf16": args.bf16, "seed": args.seed}
     config |= (

@@ -65,10 +65,10 @@ class Foreign(nn.Module):
         with self.own_random_numbers():
             try:
                 logits = self.model(inside)
-            except RuntimeError:
+            except Exception:  # numpy inside, say, or an assertion that no gradient is wanted
                 if not x.requires_grad:
                     raise
-                logits = self.model(inside.detach())  # numpy inside, say
+                logits = self.model(inside.detach())
         if x.requires_grad and not logits.requires_grad:
             logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
         return logits
@@ -214,6 +214,7 @@ def main(argv=None) -> int:
             raise ValueError("--model goes with --dataset and --eps, and without --ckpt and --published")
         data = datasets.load(args.dataset, args.data_dir or "data")
         model, state, source = load_foreign(args.model).to(device), {}, Path(args.model)
+        more["weights"] = "see answers.npz"  # its code counts as well, and no hash shows that
     else:
         model, data, state, source = load_model(args, device)
     model = CONTROLS[args.control](model) if args.control else model

@@ -184,11 +184,18 @@ def test_a_straight_through_gradient_finds_what_it_finds(attack):
         ("return self.answer(x) * torch.nan", "not finite"),
         ("return self.answer(x) / 0", "not finite"),
         ("return self.answer(x.detach())", "exactly zero"),
+        ("assert not x.requires_grad; return self.answer(x)", "exactly zero"),
     ],
 )
 def test_a_model_without_gradients_is_judged_and_not_refused(attack, forward, sentence):
     status, report, said = attack(f"without-{abs(hash(forward))}", forward, init="self.requires_grad_(False)")
     assert status == 3 and sentence in said, said
+
+
+def test_a_model_with_a_sparse_part_is_attacked(attack):
+    init = 'self.register_buffer("eye", torch.eye(10).to_sparse())'
+    status, report, said = attack("sparse", "return self.answer(x) @ self.eye.to_dense()", init=init)
+    assert status == 0 and report["clean"]["accuracy"] > 0.8, said
 
 
 def test_a_clamp_inside_does_not_make_pixels_stick(attack):
