@@ -17,7 +17,6 @@ import hashlib
 import os
 import sys
 from contextlib import suppress
-from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -192,15 +191,11 @@ def representation_layers(depth: int) -> list[str]:
     return names
 
 
-_innermost_recording: ContextVar[dict | None] = ContextVar("innermost_recording", default=None)
-
-
 def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run the classifier once and keep the outputs of the named layers.
 
     Nothing is detached: the representation is differentiable in x whenever gradients are enabled. The hooks are removed
-    whatever happens, exceptions included. A recording inside another one (or in another thread) does not disturb it: a
-    hook only writes while its own recording is the innermost.
+    whatever happens, exceptions included.
 
     Returns:
         logits (B, K) and the representation, a list of (B, c_i, h_i, w_i) in the order of `layers`.
@@ -213,18 +208,12 @@ def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[t
     recorded: dict[str, torch.Tensor] = {}
 
     def keep(name):
-        def hook(module, inputs, output):
-            if _innermost_recording.get() is recorded:
-                recorded[name] = output
-
-        return hook
+        return lambda module, inputs, output: recorded.update({name: output})
 
     handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
-    token = _innermost_recording.set(recorded)
     try:
         logits = classifier(x)
     finally:
-        _innermost_recording.reset(token)
         for handle in handles:
             handle.remove()
     if missing := [name for name in layers if name not in recorded]:

@@ -772,8 +772,8 @@ def build_defence(classifier: WideResNet, data: datasets.Dataset, p: Preset, tap
     return build_carso(classifier, list(layers), shape, p.samples, p.condition_dim, p.latent_dim, p.decoder_width)
 
 
-def main(argv=None, make_perturb=attack_every_batch, **more) -> int:
-    """The exit status. make_perturb: where perturbed pictures come from; more: its settings, for config.json."""
+def main(argv=None, perturb=attack_every_batch, **more) -> int:
+    """The exit status. perturb: makes the function that perturbs a batch; more: its settings, for config.json."""
     args = parse_arguments(argv)
     ranks = start_ranks(start_device(args.device))
     data, p = load_data(args, ranks)
@@ -817,7 +817,7 @@ def main(argv=None, make_perturb=attack_every_batch, **more) -> int:
         return 0
     carso = build_defence(classifier, data, p, args.tap, args.seed).to(ranks.device)
     carso.final = final and final.requires_grad_(False)
-    train_purifier(run, data, carso, p, args.micro_batch, make_perturb)
+    train_purifier(run, data, carso, p, args.micro_batch, perturb)
     finish(run, data, args.data_dir, carso)
     return 0
 

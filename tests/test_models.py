@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -145,24 +144,6 @@ def test_hooks_are_removed_whatever_happens(wrn_10_2):
         with pytest.raises(ValueError, match=sentence):
             record(wrn_10_2, layers, pictures)
         assert count_hooks(wrn_10_2) == 0
-
-
-@pytest.mark.parametrize("in_a_thread", [False, True])
-def test_a_recording_inside_another_disturbs_neither(wrn_10_2, in_a_thread):
-    inner, x, other = [], picture("x", (2, 3, 32, 32)), picture("other", (1, 3, 32, 32))
-    alone, other_alone = record(wrn_10_2, LAYERS, x)[1], record(wrn_10_2, LAYERS, other)[1]
-
-    def start_another(module, inputs, output):
-        handle.remove()
-        run = threading.Thread(target=lambda: inner.extend(record(wrn_10_2, LAYERS, other)[1]))
-        run.start() if in_a_thread else run.run()
-        if in_a_thread:
-            run.join()
-
-    handle = wrn_10_2.get_submodule(LAYERS[3]).register_forward_hook(start_another)
-    outer = record(wrn_10_2, LAYERS, x)[1]
-    for a, b in zip(outer + inner, alone + other_alone, strict=True):
-        assert_close(a, b, rtol=0, atol=0)
 
 
 # -------------------------------------------------------------------------------------------------- files of weights
