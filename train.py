@@ -800,7 +800,7 @@ def main(argv=None, perturb=attack_every_batch, **more) -> int:
     config["data"] = datasets.fingerprint(data.train_images, data.train_labels, data.classes)
     networks = (classifier if given else None, final)
     config["weights"] = [hash_weights(network) for network in networks if network is not None]
-    folder = Path("runs") / (args.name or Path(args.dataset).stem)
+    folder = Path("runs") / (args.name or Path(os.path.abspath(args.dataset)).stem)
     if ranks.first:
         datasets.check_config(folder / "config.json", config, "--name")
     run = Run(folder, config, ranks, 60 * args.save_every)
