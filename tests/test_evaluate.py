@@ -387,6 +387,36 @@ def test_all_candidates_of_a_picture_see_the_same_noise(tmp_path):
     assert np.array_equal(np.concatenate(clean)[stood], np.concatenate(same)[stood])
 
 
+def shift(distance):
+    return Attack(lambda seen, x, y, eps, budget: (x + distance)[None])
+
+
+def test_the_worst_is_the_candidate_with_the_least_share(tmp_path):
+    """Coin is right the more often, the brighter a picture is."""
+    e = make_evaluation(Coin(0.5), tmp_path, {"brighter": shift(0.1), "darker": shift(-0.1), "as it is": shift(0.0)})
+    evaluate.run_chunks(e, lambda _: None)
+    for start in e.starts:
+        shares = {name: e.read(name, start) for name in ("brighter", "darker", "as it is", "clean")}
+        worst = e.read("worst", start)["worst"].mean((1, 2, 3)).round(3)
+        found = np.where([f["attacked"] for f in shares.values()], [f["select"] for f in shares.values()], np.inf)
+        assert (worst[found.min(0) < found[[0, 2, 3]].min(0)] == np.float32(0.402)).all()
+        assert (worst[found.min(0) == found[0]] == np.float32(0.602)).all()  # among equals the first one
+    assert (worst == np.float32(0.402)).any()
+
+
+def test_the_audit_looks_where_the_attack_ended(tmp_path, networks):
+    """Only where the attack arrives is the gradient a lie."""
+
+    def lie(m, x):
+        return torch.where((x.mean((1, 2, 3)) < 0.43)[:, None], m(Lie.apply(x, lambda g: -g)), m(x))
+
+    e = make_evaluation(Around(networks["max-pool"], lie), tmp_path, {"darker": shift(-0.1)}, n=6, classes=10)
+    e.labels[:] = networks["max-pool"](pixels(e.images[:1])).argmax()
+    evaluate.run_chunks(e, lambda _: None)
+    messages = evaluate.write_report(e)["audit"]["messages"]
+    assert messages and all("where the attacks ended" in message for message in messages), messages
+
+
 def test_an_attack_that_leaves_the_ball_is_a_fault(tmp_path):
     e = make_evaluation(Coin(), tmp_path, {"far": Attack(lambda seen, x, y, eps, budget: (x + 0.2)[None])})
     with pytest.raises(RuntimeError, match="far left the eps-ball"):
