@@ -483,9 +483,8 @@ class Evaluation:
             if self.deterministic and not torch.allclose(seen(x), seen(x), equal_nan=True):
                 raise ValueError("the model does not answer the same twice: it is not deterministic")
         self.run_audit("audit-start", start, x, y, max(self.eps, 1 / 255), stride=self.eps / 100)
-        standing = {
-            bare: torch.ones(len(x), dtype=torch.bool, device=self.device) for bare in (False, True)
-        }  # by model
+        everything = torch.ones(len(x), dtype=torch.bool, device=self.device)
+        standing = {False: everything, True: everything.clone()}  # on the whole model, on the bare classifier
         for name in self.attacks:
             if not self.path(name, start).is_file():
                 self.run_attack(name, start, x, y, standing[self.is_bare(name)])
