@@ -5,6 +5,7 @@ at most eps away from x in every pixel (l-infinity), and in [0, 1]. Gradients ar
 the model's parameters never receive any, and its mode (train or eval) is left as it is.
 """
 
+from argparse import ArgumentTypeError
 from fractions import Fraction
 from math import isclose
 
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 
 
 def parse_eps(text: str) -> float:
-    """'8/255', '0.03', '1e-3' -> a number. Raises ValueError for anything else."""
+    """'8/255', '0.03', '1e-3' -> a number. Raises for anything else what argparse puts beside the option's name."""
     try:
         return float(Fraction(text))
-    except ArithmeticError:  # 1/0, 1e400
-        raise ValueError(f"{text} is not a number such as 8/255") from None
+    except (ValueError, ArithmeticError):  # a word; 1/0, 1e400
+        raise ArgumentTypeError(f"{text} is not a number, such as 8/255 or 0.03") from None
 
 
 def format_eps(eps: float) -> str:

@@ -1,5 +1,7 @@
 """FGSM, PGD and the balanced batch: against the reference, against plain loops, and their promises."""
 
+from argparse import ArgumentTypeError
+
 import numpy as np
 import pytest
 import torch
@@ -186,7 +188,7 @@ def test_eps_is_typed_and_printed_as_people_do():
     texts = {8 / 255: "8/255", 0.03: "0.03", 0.2: "51/255", 0: "0/255", 1e-9: "1e-09"}
     assert [attacks.format_eps(eps) for eps in texts] == list(texts.values())
     for text in ("", "8/", "1/0", "1e400", "nan", "inf", "eight"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ArgumentTypeError, match="not a number, such as 8/255"):
             attacks.parse_eps(text)
 
 

@@ -629,8 +629,8 @@ def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, given, monkeypa
     [
         (["--dataset", "cifar11"], "cifar11 is none of digits, "),
         (["--dataset", "nowhere.npz"], "nowhere.npz is none of"),
-        (["--eps", "eight"], "argument --eps: invalid parse_eps value: 'eight'"),
-        (["--eps", "nan"], "argument --eps: invalid parse_eps value: 'nan'"),
+        (["--eps", "eight"], "argument --eps: eight is not a number, such as 8/255"),
+        (["--eps", "nan"], "argument --eps: nan is not a number, such as 8/255"),
         (["--stage", "purifier"], "argument --stage: invalid choice"),
         (["--depth", "11"], "depth must be 6n + 4"),
         (["--warmup", "30"], "--warmup 30 and --plateau 6 are longer than the 24 epochs"),

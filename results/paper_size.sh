@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The paper's recipe and the paper's purifier (D 512, Z 128, S 8) around a larger network, from the training to the attacks.
+#
+#   bash results/paper_size.sh cpu FILE.npz    WRN-16-4, on 20,000 pictures hours of two cores: what RESULTS.md reports
+#   bash results/paper_size.sh gpu FILE.npz    WRN-28-10, on 50,000 pictures about 9 minutes of one H100, by calculation
+#   bash results/paper_size.sh dry FILE.npz    WRN-10-1 and the least of everything: whether all commands run
+#
+# FILE.npz: CIFAR-10's pictures, or others of 32x32, with MedMNIST's keys. Given again, it goes on where it was stopped.
+set -euo pipefail
+size=$1 data=$2 name=paper-size-$1
+run() { # 3: the audit failed, which is a result
+  echo "== $*"
+  python "$@" || [ $? = 3 ]
+}
+
+case $size in
+  cpu)
+    classifier="--depth 16 --width 4 --classifier-epochs 9 --classifier-batch-size 128 --classifier-learning-rate 0.1"
+    purifier="--epochs 8 --batch-size 128 --learning-rate 4e-3 --learning-rate-end 4e-6 --attack-steps 10"
+    pictures=200 some=100 few=10 steps=10 more="--queries 500 --targets 3"
+    ;;
+  gpu)
+    classifier="--depth 28 --width 10 --classifier-epochs 10 --classifier-batch-size 512 --classifier-learning-rate 0.2"
+    purifier="--epochs 20 --batch-size 2048 --learning-rate 0.04 --learning-rate-end 5e-6 --attack-steps 10"
+    pictures=200 some=200 few=32 steps=20 more="--queries 1000 --targets 3"
+    ;;
+  dry)
+    classifier="--depth 10 --width 1 --classifier-epochs 1"
+    purifier="--epochs 1 --attack-steps 2"
+    pictures=4 some=4 few=2 steps=2 more="--queries 4 --targets 1 --select 2 --draws 2"
+    ;;
+esac
+
+common="--dataset $data --preset cifar10 --bf16"
+run train.py $common $classifier --stage classifier --name $name --classifier-ramp 2 --classifier-attack-steps 2 \
+  --classifier-bn-momentum 0.1
+run -m lab.attack_once --versions 1 $common $purifier --classifier runs/$name/classifier.pt --name $name-carso
+
+carso="--ckpt runs/$name-carso/carso.pt --eps 8/255 --bf16 --budget reduced --chunk 200 $more"
+out=runs/$name-carso/eval
+# Its classifier under AutoAttack standard, and CARSO under rand and our APGD, through logsumexp and the authors' output.
+run -m lab.evaluate $carso --pictures $pictures --attack standard rand apgd-ce --steps $steps --out $out-logsumexp
+run -m lab.evaluate $carso --pictures $some --attack rand apgd-ce --steps $steps --out $out-naive --view naive-odds
+# The classifier under our APGD.
+run -m lab.evaluate $carso --pictures $pictures --attack apgd --steps 50 --out $out-classifier --control classifier
+# S = 1 and z = 0 under attacks of their own, and S = 8 with one draw a gradient.
+for S in 8 1 0; do
+  run -m lab.evaluate $carso --pictures $some --attack apgd-ce --steps 50 --eot 1 --samples $S --out $out-S$S
+done
+# The paper's own budget, on few pictures.
+run evaluate.py $carso --pictures $few --attack rand --steps 100 --eot 20 --select 60 --draws 20 --out $out-paper
