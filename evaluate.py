@@ -319,38 +319,41 @@ def audit(seen: Seen, double: Seen | None, x: torch.Tensor, y: torch.Tensor, not
     At the pictures themselves ReLUs stand on their kinks and maxima are tied: pass points beside them. `notes` takes
     sentences on what is unusual and no fault."""
     seed, z = torch.initial_seed(), seen.draw(x, 1)
-    logits, values, gradients = evaluate_losses(seen, x, y, z, seed)
-    right = logits.argmax(1) == y
+    logits, _, gradients = evaluate_losses(seen, x, y, z, seed)
+    right, answered = logits.argmax(1) == y, logits.isfinite().all(1)
     finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients.values()]).all(0)
     usable = {loss: finite & (gradient != 0).flatten(1).any(1) for loss, gradient in gradients.items()}
-    faults = {"outputs that are not finite": ~logits.isfinite().all(1), "gradients that are not finite": ~finite}
-    faults["gradients of exactly zero"] = right & finite & ~torch.stack([*usable.values()]).any(0)
     for loss in gradients:
         if (right & finite & ~usable[loss]).any():
             notes.add(f"{loss.upper()} is flat for some pictures, as a saturated loss is")
-    sound = finite & logits.isfinite().all(1)
-    if not sound.any():
-        return faults
 
+    sound, followed = finite & answered, True
+    wrong = smooth = torch.zeros_like(sound)
+    if sound.any():
+        wrong, smooth = check_derivative_in_float64(seen, double, x, y, z, seed, notes)
+        followed = all(check_steps(seen, x, y, z, seed, loss, usable[loss] & sound, stride) for loss in gradients)
+    return {
+        "outputs that are not finite": ~answered,
+        "gradients that are not finite": ~finite,
+        "gradients of exactly zero": right & finite & ~torch.stack([*usable.values()]).any(0),
+        "gradients that are not the derivative: something is detached or made up": wrong & smooth & sound,
+        "gradients where the function has steps, finer than its precision or straight through": wrong & ~smooth & sound,
+        "losses that do not follow the gradient in the attack's own precision and batch": sound & (not followed),
+    }
+
+
+def check_derivative_in_float64(seen: Seen, double: Seen | None, x, y, z, seed: int, notes: set):
+    """`check_derivative` of the copy in float64; of the model itself, all pictures by their median, where there is none
+    or it does not run."""
     try:
         if double is None:
             raise TypeError("no copy in float64")
         wide = None if z is None else z[:, : double.samples].double()
-        wrong, smooth = check_derivative(double, x.double(), y, wide, seed, steps=(1e-5, 1e-6), notes=notes)
+        return check_derivative(double, x.double(), y, wide, seed, steps=(1e-5, 1e-6), notes=notes)
     except Exception as error:  # a float32 constant inside, say; a fault of ours would come again below
         notes.add(f"float64 could not be tried ({str(error).splitlines()[0]:.60}): float32 was, on the median picture")
-        wrong, smooth = check_derivative(seen, x, y, z, seed, steps=(3e-3,), notes=notes)
-        wrong = (wrong.float().mean() > 0.5).expand(len(x))
-    faults["gradients that are not the derivative: something is detached or made up"] = wrong & smooth & sound
-    faults["gradients where the function has steps, finer than its precision or straight through"] = (
-        wrong & ~smooth & sound
-    )
-
-    followed = [check_steps(seen, x, y, z, seed, loss, usable[loss] & sound, stride) for loss in gradients]
-    faults["losses that do not follow the gradient in the attack's own precision and batch"] = sound & (
-        not all(followed)
-    )
-    return faults
+    wrong, smooth = check_derivative(seen, x, y, z, seed, steps=(3e-3,), notes=notes)
+    return (wrong.float().mean() > 0.5).expand(len(x)), smooth
 
 
 def evaluate_losses(seen: Seen, x: torch.Tensor, y: torch.Tensor, z, seed: int, backward: bool = True):

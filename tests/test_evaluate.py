@@ -609,6 +609,22 @@ def test_one_masked_picture_of_a_chunk_fails_the_evaluation(tmp_path, networks):
         assert report["audit"]["passed"] is passed, report["audit"]
 
 
+def test_chunks_that_the_audit_cannot_look_into_stand_beside_others(tmp_path, networks):
+    """Of a chunk without one finite picture there is no derivative to check; the report says what there is."""
+    bright = float(pixels(DIGITS.test_images[:12]).mean((1, 2, 3)).median())
+
+    def break_down(m, x):
+        return torch.where((x.mean((1, 2, 3)) > bright)[:, None], torch.nan, m(x))
+
+    e = make_evaluation(Around(networks["max-pool"], break_down), tmp_path, n=12, classes=10, eps=0.02, chunk=1)
+    order = pixels(DIGITS.test_images[:12]).mean((1, 2, 3)).argsort()
+    e.images, e.labels = DIGITS.test_images[order], DIGITS.test_labels[order]
+    evaluate.run_chunks(e, lambda _: None)
+    messages = evaluate.write_report(e)["audit"]["messages"]
+    assert any(re.match("[5-7] of 12 pictures have outputs that are not finite", message) for message in messages)
+    assert not any("not the derivative" in message for message in messages)
+
+
 def test_nan_in_the_middle_of_an_attack_fails_the_evaluation(tmp_path, networks):
     model = Around(networks["max-pool"], None)
     model.change = lambda m, x: m(x) * (torch.nan if model.calls % 7 == 5 and x.requires_grad and len(x) < 12 else 1.0)
