@@ -7,7 +7,7 @@ the model's parameters never receive any, and its mode (train or eval) is left a
 
 from argparse import ArgumentTypeError
 from fractions import Fraction
-from math import isclose
+from math import isclose, isfinite, nan
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,14 @@ import torch.nn.functional as F
 
 def parse_eps(text: str) -> float:
     """'8/255', '0.03', '1e-3' -> a number. Raises for anything else what argparse puts beside the option's name."""
+    numerator, slash, denominator = text.partition("/")
     try:
-        return float(Fraction(text))
-    except (ValueError, ArithmeticError):  # a word; 1/0, 1e400
-        raise ArgumentTypeError(f"{text} is not a number, such as 8/255 or 0.03") from None
+        value = float(numerator) / (float(denominator) if slash else 1.0)
+    except (ValueError, ZeroDivisionError):
+        value = nan
+    if not isfinite(value):
+        raise ArgumentTypeError(f"{text} is not a number, such as 8/255 or 0.03")
+    return value
 
 
 def format_eps(eps: float) -> str:

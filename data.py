@@ -72,7 +72,7 @@ def batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[torch.T
     most batch_size, as equal as possible (so that no tiny batch is left over for BatchNorm). Each index appears once.
 
     A process among many takes its share of each: `indices.tensor_split(ranks)[rank]`."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    generator = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**63)
     return torch.randperm(count, generator=generator).tensor_split(math.ceil(count / batch_size))
 
 
@@ -463,6 +463,15 @@ def write_npz(path, **arrays) -> None:
     write_atomically(path, write)
 
 
+def load_npz(path) -> dict[str, np.ndarray]:
+    """The arrays that write_npz left. Raises ValueError, with the file's name, where they are not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # numpy raises anything
+        raise ValueError(f"{path} is damaged ({error}): delete it, and give the command again") from None
+
+
 def check_config(path, config: dict, option: str) -> None:
     """A folder holds one configuration, plain values: compare it with the one at path, or write it where there is none.
 
@@ -473,7 +482,9 @@ def check_config(path, config: dict, option: str) -> None:
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path} is damaged: delete it, or choose another {option}") from None
+        there = None
+    if not isinstance(there, dict):
+        raise ValueError(f"{path} is damaged: choose another {option}")
     different = [key for key in there | config if there.get(key) != config.get(key)]
     if different:
         text = "; ".join(f"{key}: {there.get(key)} there, {config.get(key)} now" for key in different)

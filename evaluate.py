@@ -296,9 +296,9 @@ CONTROLS = ("clean", "noise")
 ATTACKS = {
     "clean": Attack(no_attack, white_box=False, eot=False),
     "noise": Attack(uniform_noise, white_box=False, eot=False),
-    "standard": Attack(autoattack("standard"), on="classifier", eot=False),
     "pgd-eot": Attack(pgd_eot),
     "rand": Attack(autoattack("rand")),
+    "standard": Attack(autoattack("standard"), on="classifier", eot=False),
 }
 
 
@@ -310,7 +310,8 @@ def audit(seen: Seen, double: Seen | None, x: torch.Tensor, y: torch.Tensor, not
 
     Returns fault -> which pictures have it, (B,) bool:
     - outputs or gradients that are not finite;
-    - no loss with a gradient other than exactly zero, of a picture that this draw gets right;
+    - of a picture that this draw gets right, no loss with a gradient other than exactly zero, or with one large enough
+      to be checked;
     - in float64 (`double`, a copy of the model), under the same noise, finite differences along the gradient or along
       three random directions that disagree with it;
     - in the attack's own precision, batch and grad mode, steps of length `stride` and less that do not change the mean
@@ -327,33 +328,38 @@ def audit(seen: Seen, double: Seen | None, x: torch.Tensor, y: torch.Tensor, not
         if (right & finite & ~usable[loss]).any():
             notes.add(f"{loss.upper()} is flat for some pictures, as a saturated loss is")
 
-    sound, followed = finite & answered, True
-    wrong = smooth = torch.zeros_like(sound)
+    sound, zero = finite & answered, ~torch.stack([*usable.values()]).any(0)
+    wrong = smooth = small = torch.zeros_like(sound)
+    followed = [True]
     if sound.any():
-        wrong, smooth = check_derivative_in_float64(seen, double, x, y, z, seed, notes)
-        followed = all(check_steps(seen, x, y, z, seed, loss, usable[loss] & sound, stride) for loss in gradients)
+        wrong, smooth, small = check_derivative_in_float64(seen, double, x, y, z, seed, notes)
+    if sound.any() and stride:
+        followed = [check_steps(seen, x, y, z, seed, loss, usable[loss] & sound, stride) for loss in gradients]
+    small = small | (True not in followed and False not in followed)
     return {
         "outputs that are not finite": ~answered,
         "gradients that are not finite": ~finite,
-        "gradients of exactly zero": right & finite & ~torch.stack([*usable.values()]).any(0),
+        "gradients of exactly zero": right & finite & zero,
+        "gradients too small to be checked, as behind a saturated output": right & sound & ~zero & small,
         "gradients that are not the derivative: something is detached or made up": wrong & smooth & sound,
         "gradients where the function has steps, finer than its precision or straight through": wrong & ~smooth & sound,
-        "losses that do not follow the gradient in the attack's own precision and batch": sound & (not followed),
+        "losses that do not follow the gradient in the attack's own precision and batch": sound & (False in followed),
     }
 
 
 def check_derivative_in_float64(seen: Seen, double: Seen | None, x, y, z, seed: int, notes: set):
-    """`check_derivative` of the copy in float64; of the model itself, all pictures by their median, where there is none
-    or it does not run."""
+    """`check_derivative` of the copy in float64; where there is none or it does not run, of the model itself: there the
+    median picture speaks for all, and nothing is called smooth."""
     try:
         if double is None:
             raise TypeError("no copy in float64")
         wide = None if z is None else z[:, : double.samples].double()
-        return check_derivative(double, x.double(), y, wide, seed, steps=(1e-5, 1e-6), notes=notes)
+        return check_derivative(double, x.double(), y, wide, seed, steps=(1e-5, 1e-6))
     except Exception as error:  # a float32 constant inside, say; a fault of ours would come again below
         notes.add(f"float64 could not be tried ({str(error).splitlines()[0]:.60}): float32 was, on the median picture")
-    wrong, smooth = check_derivative(seen, x, y, z, seed, steps=(3e-3,), notes=notes)
-    return (wrong.float().mean() > 0.5).expand(len(x)), smooth
+    wrong, _, small = check_derivative(seen, x, y, z, seed, steps=(1e-2, 3e-3))
+    of_median = lambda found: (found.float().mean() > 0.5).expand(len(x))  # noqa: E731
+    return of_median(wrong), torch.zeros_like(wrong), of_median(small)
 
 
 def evaluate_losses(seen: Seen, x: torch.Tensor, y: torch.Tensor, z, seed: int, backward: bool = True):
@@ -370,33 +376,39 @@ def evaluate_losses(seen: Seen, x: torch.Tensor, y: torch.Tensor, z, seed: int, 
     return logits.detach(), {name: v.detach() for name, v in values.items()}, gradients
 
 
-def check_steps(seen: Seen, x: torch.Tensor, y: torch.Tensor, z, seed: int, loss: str, rows, stride: float) -> bool:
+def measure_scales(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far each loss moves when the logits (B, K) move by their own size, (B,): the measure of rounding errors."""
+    size, ordered = logits.abs().amax(1).clamp(min=1), logits.sort(1).values
+    return {"ce": size, "dlr": size / (ordered[:, -1] - ordered[:, -3] + 1e-12) if logits.shape[1] > 3 else size}
+
+
+def check_steps(seen: Seen, x: torch.Tensor, y: torch.Tensor, z, seed: int, loss: str, rows, stride: float):
     """Whether a step along the gradient's sign changes the mean loss of some pictures, `rows` (B,) bool, by what the
     gradients predict, within a factor of two: a step of length `stride`, or, of a loss of much curvature, a tenth or a
-    hundredth of that. True where float32 cannot tell."""
+    hundredth of that. None where float32 cannot tell."""
     logits, values, gradients = evaluate_losses(seen, x, y, z, seed)
-    gradient, scale, verdicts = gradients[loss].nan_to_num(), logits.nan_to_num().abs().max().clamp(min=1), []
+    gradient, scale, verdicts = gradients[loss].nan_to_num(), measure_scales(logits)[loss][rows].mean(), []
     for size in (stride, stride / 10, stride / 100):
         step = size * gradient.sign()
         predicted = (gradient * step).flatten(1).sum(1)[rows].mean()
         change = evaluate_losses(seen, x + step, y, z, seed, backward=False)[1][loss] - values[loss]
         if predicted > 1e-5 * scale:
             verdicts.append(bool(predicted / 2 < change[rows].mean() < 2 * predicted))
-    return any(verdicts) or not verdicts
+    return any(verdicts) if verdicts else None
 
 
 @torch.no_grad()
-def check_derivative(seen: Seen, x: torch.Tensor, y: torch.Tensor, z, seed: int, steps, notes: set):
+def check_derivative(seen: Seen, x: torch.Tensor, y: torch.Tensor, z, seed: int, steps):
     """Whether a central difference contradicts a loss's gradient g: along g by more than half of |g|, or along a random
     direction by more than half of |g| / sqrt(pixels), and by more than the loss's digits can tell, at each of the step
-    sizes (measured: nothing honest passes 0.14 of these units, nothing masked stays under 1). And whether differences
-    that do so are steady, so that the function is smooth there. Both (B,) bool."""
+    sizes (measured: nothing honest passes 0.14 of these units, nothing masked stays under 1). Whether differences that
+    do so are steady, so that the function is smooth there. And whether every g is lost in the digits. All (B,) bool."""
     logits, _, gradients = evaluate_losses(seen, x, y, z, seed)
-    wrong, smooth = torch.zeros(len(x), dtype=torch.bool, device=x.device), torch.zeros_like(y, dtype=torch.bool)
-    if not seen.has_members and not torch.equal(logits, evaluate_losses(seen, x, y, z, seed)[0]):
-        notes.add("the model does not repeat itself under one seed: its derivative could not be checked")
-        return wrong, smooth
-    generator, scale = torch.Generator().manual_seed(seed), logits.abs().amax(1).clamp(min=1)
+    digits = {name: 50 * torch.finfo(x.dtype).eps * scale for name, scale in measure_scales(logits).items()}
+    norms = {name: gradient.flatten(1).norm(dim=1) for name, gradient in gradients.items()}
+    small = torch.stack([norms[name] <= 2 * digits[name] / min(steps) for name in norms]).all(0)
+    wrong, smooth = torch.zeros_like(small), torch.zeros_like(small)
+    generator = torch.Generator().manual_seed(seed)
     randoms = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(3)]
     directions = [(random, LOSSES, x[0].numel() ** 0.5) for random in randoms]
     directions += [(gradient, [name], 1.0) for name, gradient in gradients.items()]
@@ -409,16 +421,15 @@ def check_derivative(seen: Seen, x: torch.Tensor, y: torch.Tensor, z, seed: int,
                 ends[sign * h] = seen.answer(x + sign * h * direction, 1, z)[:, 0]
         for name in losses:
             claimed = (gradients[name] * direction).flatten(1).sum(1)
-            allowed = gradients[name].flatten(1).norm(dim=1) / (2 * divisor)
+            allowed = norms[name] / (2 * divisor)
             found = [(LOSSES[name](ends[h], y) - LOSSES[name](ends[-h], y)) / (2 * h) for h in steps]
-            digits = [50 * torch.finfo(x.dtype).eps * scale / h for h in steps]
-            contradicted = [~((d - claimed).abs() <= allowed + e) for d, e in zip(found, digits)]
+            contradicted = [~((d - claimed).abs() <= allowed + digits[name] / h) for d, h in zip(found, steps)]
             contradicted = torch.stack(contradicted).all(0)
             # A smooth function's differences do not depend on the step; a step function's do.
-            steady = (found[0] - found[-1]).abs() <= 0.1 * found[0].abs() + digits[-1]
+            steady = (found[0] - found[-1]).abs() <= 0.1 * found[0].abs() + digits[name] / steps[-1]
             wrong |= contradicted
-            smooth |= contradicted & steady & (found[0].abs() > digits[0])
-    return wrong, smooth
+            smooth |= contradicted & steady & (found[0].abs() > digits[name] / steps[0])
+    return wrong, smooth, small
 
 
 # --------------------------------------------------------------------------------------------------------- one chunk
@@ -452,12 +463,15 @@ class Evaluation:
         return self.folder / "work" / f"{name}-{start:06d}.npz"
 
     def read(self, name: str, start: int) -> dict[str, np.ndarray]:
-        with np.load(self.path(name, start)) as file:
-            return dict(file)
+        return datasets.load_npz(self.path(name, start))
 
     def write(self, name: str, start: int, **values) -> None:
         arrays = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         datasets.write_npz(self.path(name, start), **arrays)
+
+    def is_finished(self, start: int) -> bool:
+        names = [*self.attacks, "audit-start", "audit-end", "worst"]
+        return all(self.path(name, start).is_file() for name in names)
 
     def reseed(self, *what) -> None:
         reseed(seed_for(*what, self.config["seed"]), self.model)
@@ -485,7 +499,8 @@ class Evaluation:
         with torch.no_grad():
             if self.deterministic and not torch.allclose(seen(x), seen(x), equal_nan=True):
                 raise ValueError("the model does not answer the same twice: it is not deterministic")
-        self.run_audit("audit-start", start, x, y, max(self.eps, 1 / 255), stride=self.eps / 100)
+        distance = max(self.eps, 1 / 255)
+        self.run_audit("audit-start", start, x, y, distance, stride=distance / 100)
         everything = torch.ones(len(x), dtype=torch.bool, device=self.device)
         standing = {False: everything, True: everything.clone()}  # on the whole model, on the bare classifier
         for name in self.attacks:
@@ -497,9 +512,9 @@ class Evaluation:
             if self.config["cascade"] and name != "noise":  # the control is no attack: it takes nothing
                 select = torch.from_numpy(self.read(name, start)["select"]).to(self.device)
                 standing[self.is_bare(name)] &= select > 0
+        worst = self.find_worst(start)
+        self.run_audit("audit-end", start, worst, y, distance / 100)
         if not self.path("worst", start).is_file():
-            worst = self.find_worst(start)
-            self.run_audit("audit-end", start, worst, y, max(self.eps, 1 / 255) / 100)
             self.score_worst(start, x, y, worst)
 
     def run_audit(self, name: str, start: int, x, y, distance: float, stride: float = 0.0) -> None:
@@ -613,7 +628,8 @@ def find_masking(e: Evaluation, table: dict[str, dict]) -> list[str]:
     """Sentences on attacks that should be weaker than those that follow gradients (Athalye et al. 2018, Carlini et al.
     2019), and are significantly stronger: by more than a point, paired by picture, 95 %. A picture that one side took
     before the other had its turn speaks for neither."""
-    names = [name for name in table if not e.is_bare(name) and name != "clean"]
+    mixed = ("clean", "standard")  # AutoAttack's standard, where it attacks the whole model, has both kinds in it
+    names = [name for name in table if not e.is_bare(name) and name not in mixed]
     white = [table[name] for name in names if e.attacks[name].white_box]
     if not white:
         return []
@@ -729,6 +745,8 @@ def explain(r: dict) -> str:
     """The meaning of the table, in a sentence."""
     if not r["audit"]["passed"]:
         return "Through such gradients an accuracy says little: what was found is found, what was not may be there."
+    if not r["attacks"]:
+        return "Nothing attacked the model: add --attack rand, say."
     if "classifier" not in r:
         return f"The model keeps {100 * r['robust']['accuracy']:.1f} % of {r['n']} pictures under its worst attack."
     if "to_classifier" not in r:
@@ -806,6 +824,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modul
     Raises ValueError, OSError."""
     if bool(args.ckpt) == bool(args.published):
         raise ValueError("either --ckpt or --published says what to attack")
+    if args.published and args.dataset:
+        raise ValueError(f"--published {args.published} is attacked on its own pictures: leave out --dataset")
     if args.published:
         data = datasets.load(args.published, args.data_dir or "data")
         folder = fetch_published(args.published, args.data_dir or "data")
@@ -817,13 +837,16 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modul
         data = datasets.load(args.dataset, args.data_dir or "data")
         return load_classifier(args.ckpt, len(data.classes), data.mean, data.std).to(device), data, {}, Path(args.ckpt)
     model, state = load_carso(args.ckpt, device)
-    name = args.dataset or state["dataset"]
+    name, classes = args.dataset or state.get("dataset"), state.get("classes")
+    if name is None:
+        raise ValueError(f"{args.ckpt} does not say what it was trained on: add --dataset")
     if not args.dataset and name not in datasets.NAMES and not Path(name).exists():
         raise ValueError(f"{args.ckpt} says that it was trained on {name}, which is not here: add --dataset")
-    data = datasets.load(name, args.data_dir or state["data_dir"], state["classes"])
+    data = datasets.load(name, args.data_dir or state.get("data_dir", "data"), classes)
+    classes = classes or data.classes
     expected, given = tuple(model.purifier.config["image_shape"]), tuple(data.test_images.shape[1:])
-    if expected != given or data.classes != state["classes"]:
-        raise ValueError(f"{args.ckpt} takes pictures {expected} of the classes {', '.join(state['classes'])}; {name} "
+    if expected != given or data.classes != classes:
+        raise ValueError(f"{args.ckpt} takes pictures {expected} of the classes {', '.join(classes)}; {name} "
                          f"has pictures {given} of {', '.join(data.classes)}")  # fmt: skip
     return model, data, state, Path(args.ckpt)
 
@@ -851,25 +874,28 @@ def prepare(args, model: nn.Module, data, state: dict, source: Path, attacks=ATT
     if hasattr(model, "purifier"):
         model.samples = numbers["samples"]
     asked = {"clean", "noise", *(name for chosen in args.attack for name in groups.get(chosen, [chosen]))}
+    for name in set(args.attack) & attacks.keys():
+        if not hasattr(model, attacks[name].needs):
+            raise ValueError(f"--attack {name} is for a CARSO, and this model is none: leave it out")
     chosen = {name: attack for name, attack in attacks.items() if name in asked and hasattr(model, attack.needs)}
-    images, labels, rows = (
-        part[: numbers["pictures"]] for part in (data.test_images, data.test_labels, data.test_numbers)
-    )
+    count = numbers["pictures"]
+    images, labels, rows = data.test_images[:count], data.test_labels[:count], data.test_numbers[:count]
     # The normalisation of a bare classifier may not be among its weights.
     normalisation = [list(model.config[key]) for key in ("mean", "std")] if isinstance(model, WideResNet) else None
-    weights = more.pop("weights", None) or hash_weights(model)
-    config = {"weights": weights, "normalisation": normalisation}
-    config |= {"data": datasets.fingerprint(images, labels, data.classes), "classes": len(data.classes)}
-    config |= {"attacks": list(chosen), "cascade": not args.no_cascade, "bf16": args.bf16, "seed": args.seed}
-    config |= (
-        {
-            "own_answer": getattr(model, "own_answer", None),
-            "aggregation": args.aggregation,
-            "view": args.view or AGGREGATIONS[args.aggregation][1],
-        }
-        | numbers
-        | more
-    )
+    config = {
+        "weights": more.pop("weights", None) or hash_weights(model),
+        "normalisation": normalisation,
+        "own_answer": getattr(model, "own_answer", None),
+        "data": datasets.fingerprint(images, labels, data.classes),
+        "classes": len(data.classes),
+        "attacks": list(chosen),
+        "cascade": not args.no_cascade,
+        "aggregation": args.aggregation,
+        "view": args.view or AGGREGATIONS[args.aggregation][1],
+        "bf16": args.bf16,
+        "seed": args.seed,
+    }
+    config |= numbers | more
     name = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=3).hexdigest()
     name = f"eval-eps{format_eps(numbers['eps']).replace('/', '_')}-S{numbers['samples']}-n{len(labels)}-{name}"
     folder = Path(args.out) if args.out else source.parent / name
@@ -884,12 +910,12 @@ def prepare(args, model: nn.Module, data, state: dict, source: Path, attacks=ATT
 def run_chunks(e: Evaluation, say) -> bool:
     """Every r-th chunk, for process r of n; say(text) tells of it. True if all chunks are finished."""
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = [start for start in e.starts[rank::count] if not e.path("worst", start).is_file()]
+    mine = [start for start in e.starts[rank::count] if not e.is_finished(start)]
     began = time.monotonic()
     for done, start in enumerate(mine, 1):
         e.run_chunk(start, say)
         say(f"{'':>15}  about {(time.monotonic() - began) / done * (len(mine) - done):.0f} s left")
-    return all(e.path("worst", start).is_file() for start in e.starts)
+    return all(e.is_finished(start) for start in e.starts)
 
 
 def run(e: Evaluation) -> int:

@@ -253,7 +253,7 @@ def load_tensors(path) -> dict:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch raises anything from KeyError to UnpicklingError on a file it does not know
-        reason = "is it whole? Delete it, and fetch or make it again"
+        reason = "is it whole? Fetch or make it again"
         if "GLOBAL" in str(error).upper():
             reason = "it holds objects, whose code is never run: keep a model by its state_dict"
         raise ValueError(f"{path} is no file of tensors: {reason}") from None
@@ -296,15 +296,16 @@ def load_classifier(path, num_classes: int, mean=None, std=None) -> WideResNet:
     content = load_tensors(path)
     if "purifier" in content:
         raise ValueError(f"{path} is a whole CARSO: its classifier alone is in the classifier.pt beside it")
-    weights = strip_wrapping(content)
+    weights, given = strip_wrapping(content), mean
     mean, std = weights.pop("mean", weights.pop("mu", mean)), weights.pop("std", weights.pop("sigma", std))
     if mean is None or std is None:
         raise ValueError(f"{path} does not hold the mean and std of its training pixels: pass mean= and std=")
     stem, first = weights.get("init_conv.weight"), weights.get("layer.0.block.0.conv_0.weight")
     if stem is None or first is None or not stem.ndim == first.ndim == 4:
         raise ValueError(f"{path} is not one of the public WideResNets: its first keys are {list(weights)[:3]}")
-    if len(np.ravel(mean)) != stem.shape[1]:
-        raise ValueError(f"{path} is for pictures of {stem.shape[1]} channels, not of {len(np.ravel(mean))}")
+    given = mean if given is None else given
+    if len(np.ravel(given)) != stem.shape[1]:
+        raise ValueError(f"{path} is for pictures of {stem.shape[1]} channel(s), not of {len(np.ravel(given))}")
     blocks = sum(name.startswith("layer.0.") and name.endswith(".conv_0.weight") for name in weights)
     classifier = WideResNet(num_classes, 6 * blocks + 4, first.shape[0] // 16, stem.shape[1], mean, std)
     load_weights(classifier, weights, path)

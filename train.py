@@ -754,11 +754,7 @@ def load_data(args: argparse.Namespace, ranks: Ranks, p: Preset | None = None) -
 def load_given(weights: str, data: datasets.Dataset, data_dir: str, device) -> WideResNet:
     """A classifier from a file, or a published one by its name."""
     if Path(weights).is_file():
-        classifier = load_classifier(weights, len(data.classes), data.mean, data.std).to(device)
-        if classifier.config["in_channels"] != data.train_images.shape[1]:
-            found = classifier.config["in_channels"]
-            raise ValueError(f"{weights} is for pictures of {found} channel(s); those of {data.name} are others")
-        return classifier
+        return load_classifier(weights, len(data.classes), data.mean, data.std).to(device)
     return fetch_classifier(data, weights, data_dir, device)
 
 
@@ -786,7 +782,11 @@ def main(argv=None, perturb=attack_every_batch, **more) -> int:
     torch.manual_seed(args.seed)
     if given:
         classifier = load_given(given, data, args.data_dir, ranks.device)
-        p = dataclasses.replace(p, depth=classifier.config["depth"], width=classifier.config["width"])
+        sizes = {name: classifier.config[name] for name in ("depth", "width")}
+        for name, size in sizes.items():
+            if getattr(args, name) not in (None, size):
+                raise ValueError(f"--{name} {getattr(args, name)} is not that of {given}, {size}: leave it out")
+        p = dataclasses.replace(p, **sizes)
     else:
         sizes = len(data.classes), p.depth, p.width, data.train_images.shape[1]
         classifier = WideResNet(*sizes, data.mean, data.std).to(ranks.device)

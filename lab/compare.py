@@ -39,16 +39,19 @@ def read_evaluation(folder: str) -> Evaluation:
         if not path.is_file():
             raise ValueError(f"'{folder}' is not a finished evaluation: there is no {path}")
 
-    report = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
-    with open(Path(folder, "rows.tsv"), encoding="utf-8", newline="") as file:
-        rows = sorted(csv.DictReader(file, delimiter="\t"), key=lambda row: int(row["picture"]))
-
-    pictures = [(int(row["picture"]), int(row["label"])) for row in rows if row["attack"] == "clean"]
-    clean, worst = (
-        np.array([int(row["right"]) / int(row["draws"]) for row in rows if row["attack"] == attack])
-        for attack in ("clean", "worst")
-    )
-    return Evaluation(folder, report, report["config"] | {"checkpoint": report["checkpoint"]}, pictures, clean, worst)
+    try:
+        report = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
+        settings = report["config"] | {"checkpoint": report["checkpoint"]}
+        with open(Path(folder, "rows.tsv"), encoding="utf-8", newline="") as file:
+            rows = sorted(csv.DictReader(file, delimiter="\t"), key=lambda row: int(row["picture"]))
+        pictures = [(int(row["picture"]), int(row["label"])) for row in rows if row["attack"] == "clean"]
+        clean, worst = (
+            np.array([int(row["right"]) / int(row["draws"]) for row in rows if row["attack"] == attack])
+            for attack in ("clean", "worst")
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{folder}' holds files that evaluate.py did not write ({error!r}): evaluate anew") from None
+    return Evaluation(folder, report, settings, pictures, clean, worst)
 
 
 def check_comparable(evaluation: Evaluation, first: Evaluation) -> None:

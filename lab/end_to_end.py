@@ -10,6 +10,7 @@ over its values), so that the members stay pictures. An average of the weights i
 
 import argparse
 import dataclasses
+import os
 from functools import partial
 from pathlib import Path
 
@@ -127,6 +128,8 @@ def main(argv=None) -> int:
     args = parse_arguments(argv)
     ranks = start_ranks(start_device(args.device))
     carso, state = load_carso(args.start, ranks.device)
+    if "config" not in state:
+        raise ValueError(f"--from {args.start} was not left by train.py: it says nothing of its training")
     args.dataset, args.data_dir = args.dataset or state["dataset"], args.data_dir or state["data_dir"]
     usual = {"epochs": 14, "batch_size": 64} if args.dataset == "digits" else {"epochs": 20, "batch_size": 512}
     given = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "eps", "bf16")}
@@ -135,9 +138,11 @@ def main(argv=None) -> int:
     # The classifier is not trained: its batches are nobody's concern.
     args.classifier_batch_size, args.classifier_learning_rate = p.classifier_batch_size, 0.0
     data, p = load_data(args, ranks, p)
-    if data.classes != state["classes"]:
-        raise ValueError(f"{args.start} was trained on the classes {state['classes']}; {data.name} has {data.classes}")
-    folder = Path("runs") / (args.name or f"{Path(args.dataset).stem}-end-to-end")
+    expected = carso.purifier.config["image_shape"], state["classes"]
+    if (tuple(data.train_images.shape[1:]), data.classes) != expected:
+        raise ValueError(f"--from {args.start} takes pictures {expected[0]} of the classes {expected[1]}; {data.name} "
+                         f"has pictures {tuple(data.train_images.shape[1:])} of {data.classes}")  # fmt: skip
+    folder = Path("runs") / (args.name or f"{Path(os.path.abspath(args.dataset)).stem}-end-to-end")
     own = ("start", "attack_steps", "samples", "reconstruction", "own_answer")
     config = dataclasses.asdict(p) | {"dataset": args.dataset, "seed": args.seed, "weights": hash_weights(carso)}
     config["end_to_end"] = {name: getattr(args, name) for name in own}

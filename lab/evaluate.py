@@ -22,7 +22,19 @@ from torch import nn
 
 import data as datasets
 from attacks import format_eps
-from evaluate import Evaluation, build_parser, load_model, prepare, reseed, run, run_chunks, run_script, write_report
+from evaluate import (
+    Evaluation,
+    Seen,
+    build_parser,
+    evaluate_losses,
+    load_model,
+    prepare,
+    reseed,
+    run,
+    run_chunks,
+    run_script,
+    write_report,
+)
 from lab.attacks import ALL, CONTROLS, GROUPS
 from models import start_device
 
@@ -95,7 +107,8 @@ def load_foreign(text: str) -> nn.Module:
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"--model {text} is not FILE.py:NAME, or there is no such file")
     torch.manual_seed(0)
-    beside = {other.stem for other in path.resolve().parent.iterdir()}
+    others = path.resolve().parent.iterdir()
+    beside = {other.stem for other in others if other.suffix == ".py" or (other / "__init__.py").is_file()}
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in beside}
     sys.path.insert(0, str(path.resolve().parent))  # and stays: a forward may import, too
     spec = importlib.util.spec_from_file_location(f"model of {path.stem}", path)
@@ -110,37 +123,45 @@ def load_foreign(text: str) -> nn.Module:
 
 
 @torch.no_grad()
-def inspect_model(model: nn.Module, images: torch.Tensor, classes: int, name: str) -> tuple[list[str], torch.Tensor]:
-    """Faults of a model that an audit of gradients does not see, and its logits on the pictures (n, C, H, W) uint8
-    under one seed, (n, K). Raises ValueError unless it returns one logit a class."""
+def inspect_model(model: nn.Module, images: torch.Tensor, classes: int, name: str) -> list[str]:
+    """Faults of a model that an audit of gradients does not see, from pictures (n, C, H, W) uint8. Raises ValueError
+    unless it returns one logit a class, and the same under the same seed."""
     x = datasets.pixels(images)
     reseed(0, model)
     logits = model(x)
+    reseed(0, model)
+    again = model(x)
     if not isinstance(logits, torch.Tensor) or logits.shape != (len(x), classes) or not logits.is_floating_point():
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(
             f"--model {name} returns {found} for {tuple(x.shape)}; logits ({len(x)}, {classes}) are wanted"
         )
+    size = float(logits.nan_to_num(0, 0, 0).abs().max())
+    if not torch.allclose(logits, again, rtol=0.01, atol=0.01 * size, equal_nan=True):
+        raise ValueError(f"--model {name} answers otherwise under the same seed, so that no gradient can be checked: "
+                         "give it a method manual_seed(seed) for random numbers of its own")  # fmt: skip
     faults = []
-    if torch.equal(logits, model(x)):  # it repeats itself: so each answer should be that of the picture alone
+    if all(torch.equal(logits, model(x)) for _ in range(5)):  # not random: each answer is that of the picture alone
         alone = torch.cat([model(picture[None]) for picture in x])
         if (alone.argmax(1) != logits.argmax(1)).any() or (alone - logits).abs().max() > 0.1 * logits.abs().max():
             faults.append("the answer to a picture depends on the others in the batch (BatchNorm without running "
                           "statistics?): what one picture alone would get is not measured")  # fmt: skip
-    return faults, logits
+    return faults
 
 
-def check_answers(folder: Path, logits: torch.Tensor) -> None:
-    """Keep a model's logits on fixed pictures in the folder, or compare them with those that are there: its code may
-    have changed, which no hash of its weights shows. Raises ValueError where they differ."""
+def check_answers(folder: Path, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Keep a model's logits and gradients on fixed pictures in the folder, or compare them with those that are there:
+    its code may have changed, which no hash of its weights shows. Raises ValueError where they differ."""
     path = folder / "answers.npz"
+    logits, _, gradients = evaluate_losses(Seen(model), datasets.pixels(images), labels, None, seed=0)
+    here = {name: tensor.cpu().numpy() for name, tensor in {"logits": logits, **gradients}.items()}
     if not path.is_file():
-        datasets.write_npz(path, logits=logits.cpu().numpy())
-    with np.load(path) as file:
-        there = torch.from_numpy(file["logits"]).to(logits)
-    tolerance = 0.02 * float(there[there.isfinite()].abs().sum()) / max(there.numel(), 1)  # of other hardware
-    if not torch.allclose(there, logits, rtol=0.02, atol=tolerance, equal_nan=True):
-        raise ValueError(f"{folder} holds the work of a model that answers otherwise: choose another --out")
+        datasets.write_npz(path, **here)
+    there = datasets.load_npz(path)
+    for name in here:
+        old, new = (np.nan_to_num(arrays[name], posinf=0, neginf=0) for arrays in (there, here))
+        if np.linalg.norm(new - old) > 0.05 * np.linalg.norm(old):  # other hardware differs by less
+            raise ValueError(f"{folder} holds the work of a model that answers otherwise: choose another --out")
 
 
 # ------------------------------------------------------------------------------------------------------------ sweeps
@@ -217,14 +238,16 @@ def main(argv=None) -> int:
         more["weights"] = "see answers.npz"  # its code counts as well, and no hash shows that
     else:
         model, data, state, source = load_model(args, device)
+    if args.control and not hasattr(model, "purifier"):
+        raise ValueError(f"--control {args.control} is for a CARSO, and this model is none: leave it out")
     model = CONTROLS[args.control](model) if args.control else model
     if args.sweep:
         args.attack, args.no_cascade = ["apgd-ce"], True
-    faults, logits = inspect_model(model, data.test_images[:8].to(device), len(data.classes), args.model or "")
+    faults = inspect_model(model, data.test_images[:8].to(device), len(data.classes), args.model or "")
     e = prepare(args, model, data, state, source, ALL, GROUPS, **more)
     e.faults, e.deterministic = tuple(faults), e.deterministic or args.deterministic or args.control == "fixed-z"
     if args.model:
-        check_answers(e.folder, logits)
+        check_answers(e.folder, model, data.test_images[:8].to(device), data.test_labels[:8].to(device))
     if any(module.training for module in model.modules() if module is not model):
         print("note: parts of the model are in training mode, as it was built", flush=True)
     return run_sweep(e, args.sweep) if args.sweep else run(e)

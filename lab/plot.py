@@ -26,9 +26,16 @@ Curve = list[tuple[float, float, float]]  # value of the swept setting, accuracy
 
 def read_sweep(folder: Path, what: str, *names: str) -> dict[str, Curve]:
     """Read sweep-WHAT.tsv: a curve for each of the columns `names`."""
-    with open(Path(folder, f"sweep-{what}.tsv"), encoding="utf-8", newline="") as file:
+    path = Path(folder, f"sweep-{what}.tsv")
+    with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    return {name: [(float(row[what]), float(row[name]), float(row["n"])) for row in rows] for name in names}
+    try:
+        curves = {name: [(float(row[what]), float(row[name]), float(row["n"])) for row in rows] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of lab.evaluate's ({error!r}): make it again") from None
+    if not rows:
+        raise ValueError(f"{path} has no rows: make it again")
+    return curves
 
 
 def draw_curves(curves: dict[str, Curve], what: str, ylabel="accuracy (%)", radius=None, masked=None) -> Figure:

@@ -669,6 +669,7 @@ def test_a_folder_holds_one_configuration(tmp_path):
         with pytest.raises(ValueError, match=f"run holds other settings .{found}"):
             data.check_config(path, other, "--name")
     assert path.read_bytes() == before
-    path.write_text("{half")
-    with pytest.raises(ValueError, match="config.json is damaged: delete it, or choose another --out"):
-        data.check_config(path, {}, "--out")
+    for damaged in ("{half", "null", "[]"):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="config.json is damaged: choose another --out"):
+            data.check_config(path, {}, "--out")

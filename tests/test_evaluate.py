@@ -155,6 +155,8 @@ def test_a_file_that_exists_is_not_made_again(folder, call):
         (["--ckpt", "page.pt"], "page.pt is a web page"),
         (["--ckpt", "other.pt"], "other.pt is not a CARSO"),
         ([], "either --ckpt or --published"),
+        (["--published", "cifar10", "--dataset", "digits"], "leave out --dataset"),
+        (["--ckpt", "classifier.pt", "--dataset", "colour.npz"], r"classifier.pt is for pictures of 1 channel\(s\)"),
         (["--ckpt", "carso.pt", "--eps", "8"], "--eps 8 .* write 8/255"),
         (["--ckpt", "carso.pt", "--samples", "-1"], "--samples -1 is not 0 or more"),
         (["--ckpt", "carso.pt", "--steps", "0"], "--steps 0 is not positive"),
@@ -176,6 +178,8 @@ def test_wrong_input_gets_a_sentence_and_status_2(folder, call, options, sentenc
     pictures, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10)
     arrays = dict(train_images=pictures, train_labels=labels, test_images=pictures, test_labels=labels)
     np.savez(folder / "colour.npz", **arrays)
+    normalisation = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.2])}
+    save_tensors(folder / "classifier.pt", {"state_dict": carso.classifier.state_dict() | normalisation})
     before = (folder / "whole" / "config.json").read_bytes()
     status, said = call(*options)
     assert status == 2 and said.startswith("evaluate.py: ") and said.count("\n") == 1, said
@@ -234,6 +238,26 @@ def test_test_pictures_alone_are_enough_and_keep_their_numbers(folder, call):
     rows = read_rows(folder, "corrupted")[:6]
     assert all(labels[int(row["picture"])] == int(row["label"]) for row in rows)
     assert sorted(int(row["picture"]) for row in rows) == [*range(6)] != [int(row["picture"]) for row in rows]
+
+
+def test_files_of_work_that_are_damaged_are_named_and_missing_ones_made_again(folder, call):
+    shutil.copytree(folder / "whole", folder / "touched")
+    before, path = (folder / "touched" / "rows.tsv").read_bytes(), folder / "touched" / "work" / "rand-000003.npz"
+    path.unlink()
+    assert call("--ckpt", "carso.pt", "--out", "touched")[0] == 0
+    assert (folder / "touched" / "rows.tsv").read_bytes() == before
+    for content in (b"", path.read_bytes()[:-100]):
+        path.write_bytes(content)
+        status, said = call("--ckpt", "carso.pt", "--out", "touched")
+        assert status == 2 and "work/rand-000003.npz is damaged" in said and path.read_bytes() == content
+
+
+def test_a_carso_that_says_nothing_of_its_training_is_evaluated(folder, call):
+    save_carso(folder / "bare.pt", load_carso(folder / "carso.pt")[0])
+    status, said = call("--ckpt", "bare.pt")
+    assert status == 2 and "bare.pt does not say what it was trained on: add --dataset" in said
+    assert call("--ckpt", "bare.pt", "--dataset", "digits", "--out", "bare", "--attack", "clean")[0] == 0
+    assert "Nothing attacked the model" in (folder / "bare" / "report.md").read_text()
 
 
 def test_a_published_defence_is_fetched_checked_and_evaluated(folder, call, monkeypatch):
@@ -564,6 +588,17 @@ def test_the_audit_accuses_no_carso(tiny_carso):
 FIXED = F.normalize(torch.randn(1024, generator=torch.Generator().manual_seed(1)), dim=0).view(1, 1, 32, 32)
 KEPT = (torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(1)) < 0.05).float()
 DERIVATIVE, STEPS, ZERO, FOLLOW = "not the derivative", "has steps", "exactly zero", "do not follow"
+SMALL_GRADIENT = "too small to be checked"
+
+
+def quantise(x: torch.Tensor) -> torch.Tensor:
+    return (4 * x).round() / 4
+
+
+def add_random_linear(logits: torch.Tensor, x: torch.Tensor, size: float) -> torch.Tensor:
+    return logits + size * (x * FIXED).sum((1, 2, 3))[:, None] * torch.arange(10).to(x)
+
+
 PLANTED = {
     "flipped": (lambda m, x: m(Lie.apply(x, lambda g: -g)), DERIVATIVE),
     "shrunk and flipped": (lambda m, x: m(Lie.apply(x, lambda g: -1e-9 * g)), DERIVATIVE),
@@ -580,6 +615,18 @@ PLANTED = {
     "bfloat16 inside": (lambda m, x: m(x.bfloat16().to(x)), STEPS),
     "bright pictures alone": (
         lambda m, x: torch.where((x.mean((1, 2, 3)) > 0.36)[:, None], m(Lie.apply(x, lambda g: -g)), m(x)), DERIVATIVE
+    ),
+    "steps, and 1e-9 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-9), SMALL_GRADIENT),
+    "steps, and 1e-12 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-12), SMALL_GRADIENT),
+    "steps, and 1e-4 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-4), SMALL_GRADIENT),
+    "steps, and 0.01 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 0.01), FOLLOW),
+    "straight through, small and flipped": (lambda m, x: m(quantise(x).detach() - 1e-9 * (x - x.detach())),
+                                            SMALL_GRADIENT),
+    "a small slope in float32 alone": (
+        lambda m, x: m(x) if x.dtype == torch.float64 else add_random_linear(m(x.detach()), x, 1e-7), SMALL_GRADIENT
+    ),
+    "steps in nothing but float32": (
+        lambda m, x: add_random_linear(m.float()(quantise(x.float()).detach()), x.float(), 1e-3), "gradients"
     ),
     "in float32 alone": (lambda m, x: m(Lie.apply(x, lambda g: -g) if x.dtype == torch.float32 else x), FOLLOW),
 }  # fmt: skip

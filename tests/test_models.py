@@ -239,7 +239,7 @@ def test_wrong_files_are_refused_by_one_sentence(tmp_path, monkeypatch, kind):
 
 def test_a_normalisation_that_is_not_known_or_does_not_fit_is_refused(tmp_path):
     torch_file()(tmp_path / "file")
-    for mean, std, sentence in ((None, None, "pass mean= and std="), ((0.5,), (0.5,), "of 3 channels, not of 1")):
+    for mean, std, sentence in ((None, None, "pass mean= and std="), ((0.5,), (0.5,), "of 3 channel\\(s\\), not of 1")):
         with pytest.raises(ValueError, match=f"{tmp_path / 'file'}.*{sentence}"):
             load_classifier(tmp_path / "file", 10, mean, std)
 
@@ -309,7 +309,7 @@ def test_another_file_than_the_published_one_is_refused(cifar10, tmp_path):
 def test_a_file_that_did_not_arrive_whole_is_named(cifar10, tmp_path):
     host, file = (tmp_path / f / "cifar10_linf_wrn28-10_with.pt" for f in ("host", "published/cifar10"))
     cut(host, 0.5)
-    with pytest.raises(ValueError, match=f"{file} .*is it whole.*fetch or make it again"):
+    with pytest.raises(ValueError, match=f"{file} .*is it whole.*Fetch or make it again"):
         models.fetch_classifier(cifar10, GOWAL, tmp_path)
     host.unlink(), file.unlink()
     with pytest.raises(OSError, match=f"could not be downloaded.*put the file at {file} by hand"):

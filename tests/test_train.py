@@ -673,6 +673,11 @@ def test_weights_that_do_not_fit_the_data_are_refused_by_name(folder, channels, 
         assert not (folder / "runs" / "unfit").exists()
 
 
+def test_a_depth_that_is_not_that_of_the_given_weights_is_refused(folder, given):
+    said = here(folder, *given, "--name", "deeper", "--depth", "22", code=2)
+    assert "--depth 22 is not that of" in said and not (folder / "runs" / "deeper").exists()
+
+
 def test_a_folder_stands_on_one_configuration_one_data_set_and_one_set_of_weights(folder, tmp_path, given):
     shutil.copy(folder / "tiny.npz", tmp_path)
     kept = load_tensors(folder / "runs" / "whole" / "classifier.pt")

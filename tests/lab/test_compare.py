@@ -118,6 +118,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     (tmp_path / "unfinished" / "report.json").unlink()
     rowless = write_evaluation(tmp_path / "rowless", [4])
     (tmp_path / "rowless" / "rows.tsv").unlink()
+    broken, another = (write_evaluation(tmp_path / name, [4]) for name in ("broken", "another"))
+    (tmp_path / "broken" / "report.json").write_text("{half")
+    (tmp_path / "another" / "report.json").write_text("{}")
     for folders, sentence in (
         ([one, write_evaluation(tmp_path / "eps", [4], eps=0.1)], "has eps 0.1, but"),
         ([one, write_evaluation(tmp_path / "more", [4, 4])], "has pictures 2, but"),
@@ -127,6 +130,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         ([f"{one},{one}"], "a folder stands twice"),
         ([unfinished], "not a finished evaluation: there is no"),
         ([rowless], "not a finished evaluation: there is no"),
+        ([broken], "broken' holds files that evaluate.py did not write"),
+        ([another], "another' holds files that evaluate.py did not write"),
     ):
         assert compare.main(folders) == 2
         error = capsys.readouterr().err

@@ -118,6 +118,14 @@ def test_numbers_of_a_model_that_was_edited_are_not_taken_for_the_new_ones(folde
     assert status == 2 and "answers otherwise" in said
 
 
+def test_numbers_under_other_gradients_are_not_taken_for_the_new_ones(attack):
+    """After a failed audit one mends the gradients: the answers stay what they were."""
+    steps = "(8 * x).round() / 8"
+    assert attack("mended", f"return self.answer({steps})")[0] == 3
+    status, _, said = attack("mended", f"return self.answer(x + ({steps} - x).detach())")
+    assert status == 2 and "answers otherwise" in said
+
+
 RANDOM = {  # a forward pass and the clean accuracy that its expectation has, relative to that of the plain model
     "a coin a picture": ("return self.answer(x) * (2.0 * (torch.rand(len(x), 1) > 0.1) - 1)", 0.9),
     "one pass in ten": ("return self.answer(x) * (1.0 if torch.rand(()) > 0.1 else -1.0)", 0.9),
@@ -160,6 +168,29 @@ def test_a_model_is_left_in_the_mode_in_which_it_was_built(attack):
     assert "in training mode, as it was built" in said
     assert report["clean"]["worst_draw"] < report["clean"]["accuracy"]  # dropout was on
     assert still["clean"]["worst_draw"] == still["clean"]["accuracy"]
+
+
+def test_random_numbers_that_no_seed_reaches_are_refused_in_a_sentence(folder, attack):
+    """No gradient of such a model can be checked: honest ones were accused, and masked ones passed."""
+    noise = "0.1 * torch.from_numpy(self.rng.normal(size=x.shape)).to(x)"
+    options = {"init": "self.rng = np.random.default_rng()", "attacks": ["clean"]}
+    status, _, said = attack("unseeded", f"return self.answer(x + {noise})", **options)
+    assert status == 2 and "give it a method manual_seed(seed)" in said
+    assert not (folder / "unseeded").exists()
+    method = "Net.manual_seed = lambda self, seed: setattr(self, 'rng', np.random.default_rng(seed))"
+    options["init"] += f"; {method}"
+    assert attack("seeded-noise", f"return self.answer(x + {noise})", **options)[0] == 0
+
+
+def test_draws_that_are_sometimes_alike_are_not_taken_for_a_deterministic_answer(attack):
+    """Random resizing and padding (Xie et al. 2018)."""
+    forward = (
+        "k = int(torch.randint(30, 33, (1,))); "
+        "return self.answer(F.pad(F.interpolate(x, (k, k), mode='bilinear'), [0, 32 - k] * 2))"
+    )
+    for name in ("resized", "resized-again"):
+        status, report, said = attack(name, forward, attacks=["pgd-eot"])
+        assert status == 0, said
 
 
 def test_an_answer_that_depends_on_the_batch_is_named(attack):
@@ -205,6 +236,9 @@ def test_a_clamp_inside_does_not_make_pixels_stick(attack):
     assert clamped <= plain + 0.01
 
 
+CERTAIN = ["--model", "certain.py:build", "--dataset", "digits", "--eps", "0.1"]
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
@@ -213,6 +247,8 @@ def test_a_clamp_inside_does_not_make_pixels_stick(attack):
         (["--model", "certain.py:build", "--dataset", "digits"], "goes with --dataset and --eps"),
         (["--model", "certain.py:build", "--ckpt", "carso.pt"], "goes with --dataset and --eps"),
         (["--model", "five.py:build", "--dataset", "digits", "--eps", "0.1"], r"returns .8, 5."),
+        ([*CERTAIN, "--attack", "transfer"], "--attack transfer is for a CARSO"),
+        ([*CERTAIN, "--control", "fixed-z"], "--control fixed-z is for a CARSO"),
         (["--ckpt", "carso.pt", "--attack", "magic"], None),
     ],
 )  # fmt: skip
@@ -229,6 +265,7 @@ def test_wrong_input_gets_a_sentence(folder, call, options, sentence):
 
 def test_modules_beside_their_file_come_before_ours(folder, attack):
     (folder / "models.py").write_text("OWN = 1\n")
+    (folder / "torch.md").write_text("Notes, and no module.\n")
     status, _, said = attack("imports", f"assert OWN; {PLAIN}", head="from models import OWN\n")
     (folder / "models.py").unlink()
     assert status == 0, said

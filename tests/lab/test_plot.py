@@ -83,3 +83,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("plot: ") and sentence in error
     assert [path.name for path in tmp_path.rglob("*.*")] == ["sweep-eps.tsv"]
+    for table in ("eps\tclean\tn\n0.1\t1\t9\n", "eps\tclean\tnoise\tapgd-ce\tn\n"):
+        (folder / "sweep-eps.tsv").write_text(table)
+        assert plot.main([str(folder)]) == 2
+        assert "e/sweep-eps.tsv " in capsys.readouterr().err

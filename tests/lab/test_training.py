@@ -83,7 +83,10 @@ def test_end_to_end_is_the_same_up_to_the_order_of_summation(folder, how):
     [
         (["--from", "nothing.pt"], "there is no file nothing.pt"),
         (["--from", "classifier.pt"], "classifier.pt is not a CARSO"),
-        (["--dataset", "digits"], "start.pt was trained on the classes ['0', '1', '2']; digits has ['0',"),
+        (
+            ["--dataset", "digits"],
+            "--from start.pt takes pictures (1, 32, 32) of the classes ['0', '1', '2']; digits has",
+        ),
         (["--own-answer", "1"], "--own-answer 1 is not a share of at least 0 and less than 1"),
         (["--attack-steps", "0"], "--attack-steps 0 is not 1 or more"),
         (["--eps", "8"], "--eps 8 is not between 0 and 1"),
