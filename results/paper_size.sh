@@ -17,12 +17,12 @@ case $size in
   cpu)
     classifier="--depth 16 --width 4 --classifier-epochs 9 --classifier-batch-size 128 --classifier-learning-rate 0.1"
     purifier="--epochs 8 --batch-size 128 --learning-rate 4e-3 --learning-rate-end 4e-6 --attack-steps 10"
-    pictures=200 some=100 few=10 steps=10 more="--queries 500 --targets 3"
+    pictures=100 some=60 few=10 steps=10 more="--chunk 50 --queries 500 --targets 3"
     ;;
   gpu)
     classifier="--depth 28 --width 10 --classifier-epochs 10 --classifier-batch-size 512 --classifier-learning-rate 0.2"
     purifier="--epochs 20 --batch-size 2048 --learning-rate 0.04 --learning-rate-end 5e-6 --attack-steps 10"
-    pictures=200 some=200 few=32 steps=20 more="--queries 1000 --targets 3"
+    pictures=200 some=200 few=32 steps=20 more="--chunk 200 --queries 1000 --targets 3"
     ;;
   dry)
     classifier="--depth 10 --width 1 --classifier-epochs 1"
@@ -36,7 +36,7 @@ run train.py $common $classifier --stage classifier --name $name --classifier-ra
   --classifier-bn-momentum 0.1
 run -m lab.attack_once --versions 1 $common $purifier --classifier runs/$name/classifier.pt --name $name-carso
 
-carso="--ckpt runs/$name-carso/carso.pt --eps 8/255 --bf16 --budget reduced --chunk 200 $more"
+carso="--ckpt runs/$name-carso/carso.pt --eps 8/255 --bf16 --budget reduced $more"
 out=runs/$name-carso/eval
 # Its classifier under AutoAttack standard, and CARSO under rand and our APGD, through logsumexp and the authors' output.
 run -m lab.evaluate $carso --pictures $pictures --attack standard rand apgd-ce --steps $steps --out $out-logsumexp
