@@ -428,6 +428,14 @@ def make_dataset(name: str, arrays: dict, classes: list[str] | None = None, note
     return Dataset(name, *tensors, list(classes), mean, std, "; ".join(notes))
 
 
+def check_fit(data: Dataset, shape, classes: list[str], checkpoint) -> None:
+    """Raise ValueError unless the data are what the checkpoint takes: pictures (C, H, W) of this shape and classes."""
+    expected, given = tuple(shape), tuple(data.test_images.shape[1:])
+    if expected != given or data.classes != classes:
+        raise ValueError(f"{checkpoint} takes pictures {expected} of the classes {list_some(classes)}; {data.name} has "
+                         f"pictures {given} of {list_some(data.classes)}")  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------------- writing
 
 

@@ -330,12 +330,12 @@ def audit(seen: Seen, double: Seen | None, x: torch.Tensor, y: torch.Tensor, not
 
     sound, zero = finite & answered, ~torch.stack([*usable.values()]).any(0)
     wrong = smooth = small = torch.zeros_like(sound)
-    followed = [True]
+    verdicts = [True]
     if sound.any():
         wrong, smooth, small = check_derivative_in_float64(seen, double, x, y, z, seed, notes)
     if sound.any() and stride:
-        followed = [check_steps(seen, x, y, z, seed, loss, usable[loss] & sound, stride) for loss in gradients]
-    small = small | (True not in followed and False not in followed)
+        verdicts = [check_steps(seen, x, y, z, seed, loss, usable[loss] & sound, stride) for loss in gradients]
+    small = small | all(verdict is None for verdict in verdicts)
     return {
         "outputs that are not finite": ~answered,
         "gradients that are not finite": ~finite,
@@ -343,7 +343,7 @@ def audit(seen: Seen, double: Seen | None, x: torch.Tensor, y: torch.Tensor, not
         "gradients too small to be checked, as behind a saturated output": right & sound & ~zero & small,
         "gradients that are not the derivative: something is detached or made up": wrong & smooth & sound,
         "gradients where the function has steps, finer than its precision or straight through": wrong & ~smooth & sound,
-        "losses that do not follow the gradient in the attack's own precision and batch": sound & (False in followed),
+        "losses that do not follow the gradient in the attack's own precision and batch": sound & (False in verdicts),
     }
 
 
@@ -843,11 +843,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modul
     if not args.dataset and name not in datasets.NAMES and not Path(name).exists():
         raise ValueError(f"{args.ckpt} says that it was trained on {name}, which is not here: add --dataset")
     data = datasets.load(name, args.data_dir or state.get("data_dir", "data"), classes)
-    classes = classes or data.classes
-    expected, given = tuple(model.purifier.config["image_shape"]), tuple(data.test_images.shape[1:])
-    if expected != given or data.classes != classes:
-        raise ValueError(f"{args.ckpt} takes pictures {expected} of the classes {', '.join(classes)}; {name} "
-                         f"has pictures {given} of {', '.join(data.classes)}")  # fmt: skip
+    datasets.check_fit(data, model.purifier.config["image_shape"], classes or data.classes, args.ckpt)
     return model, data, state, Path(args.ckpt)
 
 
@@ -874,8 +870,8 @@ def prepare(args, model: nn.Module, data, state: dict, source: Path, attacks=ATT
     if hasattr(model, "purifier"):
         model.samples = numbers["samples"]
     asked = {"clean", "noise", *(name for chosen in args.attack for name in groups.get(chosen, [chosen]))}
-    for name in set(args.attack) & attacks.keys():
-        if not hasattr(model, attacks[name].needs):
+    for name in args.attack:  # a group takes of its attacks those that apply
+        if name in attacks and not hasattr(model, attacks[name].needs):
             raise ValueError(f"--attack {name} is for a CARSO, and this model is none: leave it out")
     chosen = {name: attack for name, attack in attacks.items() if name in asked and hasattr(model, attack.needs)}
     count = numbers["pictures"]

@@ -296,16 +296,16 @@ def load_classifier(path, num_classes: int, mean=None, std=None) -> WideResNet:
     content = load_tensors(path)
     if "purifier" in content:
         raise ValueError(f"{path} is a whole CARSO: its classifier alone is in the classifier.pt beside it")
-    weights, given = strip_wrapping(content), mean
+    weights, of_data = strip_wrapping(content), mean
     mean, std = weights.pop("mean", weights.pop("mu", mean)), weights.pop("std", weights.pop("sigma", std))
     if mean is None or std is None:
         raise ValueError(f"{path} does not hold the mean and std of its training pixels: pass mean= and std=")
     stem, first = weights.get("init_conv.weight"), weights.get("layer.0.block.0.conv_0.weight")
     if stem is None or first is None or not stem.ndim == first.ndim == 4:
         raise ValueError(f"{path} is not one of the public WideResNets: its first keys are {list(weights)[:3]}")
-    given = mean if given is None else given
-    if len(np.ravel(given)) != stem.shape[1]:
-        raise ValueError(f"{path} is for pictures of {stem.shape[1]} channel(s), not of {len(np.ravel(given))}")
+    channels = len(np.ravel(mean if of_data is None else of_data))  # of the caller's pictures, whatever the file says
+    if channels != stem.shape[1]:
+        raise ValueError(f"{path} is for pictures of {stem.shape[1]} channel(s), not of {channels}")
     blocks = sum(name.startswith("layer.0.") and name.endswith(".conv_0.weight") for name in weights)
     classifier = WideResNet(num_classes, 6 * blocks + 4, first.shape[0] // 16, stem.shape[1], mean, std)
     load_weights(classifier, weights, path)

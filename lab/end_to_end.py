@@ -138,10 +138,7 @@ def main(argv=None) -> int:
     # The classifier is not trained: its batches are nobody's concern.
     args.classifier_batch_size, args.classifier_learning_rate = p.classifier_batch_size, 0.0
     data, p = load_data(args, ranks, p)
-    expected = carso.purifier.config["image_shape"], state["classes"]
-    if (tuple(data.train_images.shape[1:]), data.classes) != expected:
-        raise ValueError(f"--from {args.start} takes pictures {expected[0]} of the classes {expected[1]}; {data.name} "
-                         f"has pictures {tuple(data.train_images.shape[1:])} of {data.classes}")  # fmt: skip
+    datasets.check_fit(data, carso.purifier.config["image_shape"], state["classes"], args.start)
     folder = Path("runs") / (args.name or f"{Path(os.path.abspath(args.dataset)).stem}-end-to-end")
     own = ("start", "attack_steps", "samples", "reconstruction", "own_answer")
     config = dataclasses.asdict(p) | {"dataset": args.dataset, "seed": args.seed, "weights": hash_weights(carso)}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's recipe and the paper's purifier (D 512, Z 128, S 8) around a larger network, from the training to the attacks.
 #
-#   bash results/paper_size.sh cpu FILE.npz    WRN-16-4, on 20,000 pictures hours of two cores: what RESULTS.md reports
+#   bash results/paper_size.sh cpu FILE.npz    WRN-16-4, on 20,000 pictures hours of one core: what RESULTS.md reports
 #   bash results/paper_size.sh gpu FILE.npz    WRN-28-10, on 50,000 pictures about 9 minutes of one H100, by calculation
 #   bash results/paper_size.sh dry FILE.npz    WRN-10-1 and the least of everything: whether all commands run
 #
@@ -28,6 +28,10 @@ case $size in
     classifier="--depth 10 --width 1 --classifier-epochs 1"
     purifier="--epochs 1 --attack-steps 2"
     pictures=4 some=4 few=2 steps=2 more="--queries 4 --targets 1 --select 2 --draws 2"
+    ;;
+  *)
+    echo "$0: SIZE $size is none of cpu, gpu, dry" >&2
+    exit 2
     ;;
 esac
 

@@ -65,6 +65,7 @@ def test_a_shuffle_follows_from_seed_and_epoch():
     assert all(torch.equal(a, b) for a, b in zip(first, data.batches(100, 10, seed=1, epoch=2)))
     assert not torch.equal(first[0], data.batches(100, 10, seed=1, epoch=3)[0])
     assert not torch.equal(first[0], data.batches(100, 10, seed=2, epoch=2)[0])
+    assert len(torch.cat(data.batches(6, 4, seed=10**14, epoch=5)).unique()) == 6  # no seed is too large
     assert [batch.tolist() for batch in data.batches(6, 4, seed=3, epoch=5)] == [[4, 2, 1], [3, 0, 5]]  # for good
 
 

@@ -469,6 +469,11 @@ def test_attacks_that_beat_gradients_are_a_sign_of_masking(tmp_path):
     assert not evaluate.find_masking(e, table([1.0] * 50, [0.0] + [1.0] * 49))  # one picture in fifty is chance
     earlier = np.arange(50) >= 10  # the white box took ten before the other's turn
     assert not evaluate.find_masking(e, table([0.0] * 10 + [1.0] * 40, [0.0] * 10 + [1.0] * 40, earlier))
+    # AutoAttack's standard has a black box: on a whole model it does not speak for the attacks that follow gradients.
+    with_standard = table([1.0] * 50, [0.0] * 10 + [1.0] * 40)
+    with_standard["standard"] = with_standard["other"]
+    e.attacks["standard"] = ATTACKS["standard"]
+    assert "other takes 20.0 points more" in evaluate.find_masking(e, with_standard)[0]
 
 
 # ----------------------------------------------------------------------------------- the audit, and planted failures
@@ -617,6 +622,10 @@ PLANTED = {
         lambda m, x: torch.where((x.mean((1, 2, 3)) > 0.36)[:, None], m(Lie.apply(x, lambda g: -g)), m(x)), DERIVATIVE
     ),
     "steps, and 1e-9 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-9), SMALL_GRADIENT),
+    "steps, and 1e-9 of a slope, for bright pictures alone": (
+        lambda m, x: torch.where((x.mean((1, 2, 3)) > 0.36)[:, None], add_random_linear(m(quantise(x)), x, 1e-9), m(x)),
+        SMALL_GRADIENT,
+    ),
     "steps, and 1e-12 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-12), SMALL_GRADIENT),
     "steps, and 1e-4 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-4), SMALL_GRADIENT),
     "steps, and 0.01 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 0.01), FOLLOW),

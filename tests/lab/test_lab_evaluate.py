@@ -185,12 +185,11 @@ def test_random_numbers_that_no_seed_reaches_are_refused_in_a_sentence(folder, a
 def test_draws_that_are_sometimes_alike_are_not_taken_for_a_deterministic_answer(attack):
     """Random resizing and padding (Xie et al. 2018)."""
     forward = (
-        "k = int(torch.randint(30, 33, (1,))); "
+        "k = 30 + 2 * int(torch.rand(()) > 0.4); "  # under seed 0 the first two draws are alike
         "return self.answer(F.pad(F.interpolate(x, (k, k), mode='bilinear'), [0, 32 - k] * 2))"
     )
-    for name in ("resized", "resized-again"):
-        status, report, said = attack(name, forward, attacks=["pgd-eot"])
-        assert status == 0, said
+    status, _, said = attack("resized", forward)
+    assert status == 0, said
 
 
 def test_an_answer_that_depends_on_the_batch_is_named(attack):
@@ -289,6 +288,10 @@ def test_the_union_has_a_row_for_each_attack(folder, call):
     assert list(report["attacks"]) == GROUPS["all"]
     least = min(part["accuracy"] for part in report["attacks"].values() if part["target"] == "defence")
     assert report["robust"]["least"] <= least + 0.2
+
+
+def test_a_black_box_has_its_turn_before_standard_which_has_one_inside():
+    assert [*ALL][-2:] == ["square", "standard"]
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in evaluate.ATTACKS])

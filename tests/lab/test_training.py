@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,10 +84,9 @@ def test_end_to_end_is_the_same_up_to_the_order_of_summation(folder, how):
     [
         (["--from", "nothing.pt"], "there is no file nothing.pt"),
         (["--from", "classifier.pt"], "classifier.pt is not a CARSO"),
-        (
-            ["--dataset", "digits"],
-            "--from start.pt takes pictures (1, 32, 32) of the classes ['0', '1', '2']; digits has",
-        ),
+        (["--dataset", "digits"], "start.pt takes pictures (1, 32, 32) of the classes 0, 1, 2; digits has"),
+        (["--dataset", "colour.npz"], "colour.npz has pictures (3, 32, 32) of 0, 1, 2"),
+        (["--from", "stateless.pt"], "--from stateless.pt was not left by train.py"),
         (["--own-answer", "1"], "--own-answer 1 is not a share of at least 0 and less than 1"),
         (["--attack-steps", "0"], "--attack-steps 0 is not 1 or more"),
         (["--eps", "8"], "--eps 8 is not between 0 and 1"),
@@ -97,6 +97,10 @@ def test_end_to_end_is_the_same_up_to_the_order_of_summation(folder, how):
     ],
 )
 def test_end_to_end_refuses_before_anything_is_written(folder, options, sentence):
+    save_carso(folder / "stateless.pt", load_carso(folder / "start.pt")[0])
+    arrays = dict(np.load(folder / "tiny.npz"))
+    colours = {key: arrays[key].repeat(3, -1) for key in arrays if key.endswith("images")}
+    np.savez(folder / "colour.npz", **arrays | colours)
     said = here(folder, *END, "--name", "refused", *options, code=2, **train_end).splitlines()[-1]
     assert said.startswith("end_to_end: ") and sentence in said
     assert not (folder / "runs" / "refused").exists()
