@@ -14,7 +14,6 @@ Each source gives numpy arrays under MedMNIST's keys, and all pass through make_
 sense with a ValueError that names the file. At the end stand the functions that write files.
 """
 
-import contextlib
 import hashlib
 import http.client
 import json
@@ -31,6 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+
+from models import write_atomically
 
 NORMALISATION = {  # mean and standard deviation of the training pixels (paper, section 5.1)
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -437,25 +438,6 @@ def check_fit(data: Dataset, shape, classes: list[str], checkpoint) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- writing
-
-
-def write_atomically(path, write) -> None:
-    """write(temporary path), then rename: a file that exists is whole, and a failure leaves the previous one alone.
-
-    Raises OSError with one sentence that names the file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or after a power cut the name could stand for an empty file
-        os.replace(temporary, path)  # only now that it is closed: Windows renames no open file
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's own for a full disk
-        raise OSError(f"{path} could not be written ({error}); is the disk full?") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_text(path, text: str) -> None:

@@ -25,9 +25,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +39,16 @@ from torch import nn
 import aggregate
 import data as datasets
 from attacks import LOSSES, ascend, format_eps, objective, parse_eps, project, random_point
-from models import PUBLISHED, WideResNet, check_clean_accuracy, hash_weights, load_classifier, start_device
+from models import (
+    PUBLISHED,
+    WideResNet,
+    check_clean_accuracy,
+    hash_weights,
+    load_classifier,
+    read_ranks,
+    run_script,
+    start_device,
+)
 from purifier import fetch_published, is_carso, load_carso, load_published
 
 # ---------------------------------------------------------------------------------------------------------- budgets
@@ -905,7 +912,7 @@ def prepare(args, model: nn.Module, data, state: dict, source: Path, attacks=ATT
 
 def run_chunks(e: Evaluation, say) -> bool:
     """Every r-th chunk, for process r of n; say(text) tells of it. True if all chunks are finished."""
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, count = read_ranks()
     mine = [start for start in e.starts[rank::count] if not e.is_finished(start)]
     began = time.monotonic()
     for done, start in enumerate(mine, 1):
@@ -916,7 +923,7 @@ def run_chunks(e: Evaluation, say) -> bool:
 
 def run(e: Evaluation) -> int:
     """The chunks, then the report, if all are there. The exit status: 0, or 3 if the audit failed."""
-    say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else lambda *_: None
+    say = partial(print, flush=True) if read_ranks()[0] == 0 else lambda *_: None
     say(f"{len(e.labels)} pictures at eps {format_eps(e.eps)} in chunks of {e.config['chunk']}; on each the audit, "
         f"then {', '.join(e.attacks)}; finished work is kept in {e.folder}")  # fmt: skip
     if not run_chunks(e, say):
@@ -928,22 +935,10 @@ def run(e: Evaluation) -> int:
     return 0 if result["audit"]["passed"] else 3
 
 
-def run_script(name: str, main) -> int:
-    """main()'s exit status; what the user can mend ends in one sentence and status 2."""
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished attack", file=sys.stderr)
-        return 130
-
-
 def main(argv=None) -> int:
     args = build_parser(ATTACKS, {}, __doc__).parse_args(argv)
     return run(prepare(args, *load_model(args, start_device(args.device))))
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("evaluate.py", main))
+    run_script("evaluate.py", main)

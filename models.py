@@ -12,12 +12,15 @@ Shapes: B batch, C, H, W image in [0, 1], K classes. A representation is a list 
 """
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
+import secrets
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -224,16 +227,40 @@ def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[t
 # ------------------------------------------------------------------------------------------------- files of weights
 
 
-def save_tensors(path, content: dict) -> None:
-    """Write tensors and plain values under a temporary name, then rename: a file that exists is whole."""
+def write_atomically(path, write) -> None:
+    """write(temporary path), then rename: a file that exists is whole, and a failure leaves the previous one alone.
+
+    Raises OSError with one sentence that names the file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+    # A random name: processes on two machines that share the folder may have equal numbers.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own for a full disk
-        raise OSError(f"{path} could not be written: is the disk full? ({error})") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        synchronise(temporary)
+        os.replace(temporary, path)  # only now that it is closed: Windows renames no open file
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's own for a full disk
+        full = isinstance(error, RuntimeError) or error.errno == errno.ENOSPC
+        raise OSError(f"{path} could not be written ({error}){'; is the disk full?' if full else ''}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def synchronise(path: Path) -> None:
+    """Put the file on the disk, or after a power cut its name could stand for an empty one. Some shared file systems
+    know no such thing."""
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise
+
+
+def save_tensors(path, content: dict) -> None:
+    """Write tensors and plain values as a file that `load_tensors` reads. Raises OSError."""
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
 def load_tensors(path) -> dict:
@@ -409,7 +436,7 @@ def measure_accuracy(
     return correct / len(labels)
 
 
-# -------------------------------------------------------------------------------------------------------- the device
+# ------------------------------------------------------------------------------------- how scripts begin and end
 
 
 def start_device(name: str | None = None) -> torch.device:
@@ -421,9 +448,26 @@ def start_device(name: str | None = None) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: PyTorch finds no GPU here; leave it out")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if is_under_torchrun() else 0)
     torch.cuda.set_device(device)
     return device
+
+
+def is_under_torchrun() -> bool:
+    """RANK and WORLD_SIZE alone say nothing: clusters and earlier commands leave them in the environment."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def read_ranks() -> tuple[int, int]:
+    """This process's rank and the number of processes that torchrun started; (0, 1) without torchrun. Raises ValueError
+    for one of several processes that another launcher started: each would do the whole work."""
+    if is_under_torchrun():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+        if int(os.environ.get(variable, 1)) > 1:
+            raise ValueError(f"{launcher} started {os.environ[variable]} processes, which do not know of each other: "
+                             f"have it start one a node, of torchrun --nproc_per_node=GPUS")  # fmt: skip
+    return 0, 1
 
 
 def keep_freed_memory() -> None:
@@ -433,3 +477,22 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(option, value)
+
+
+def run_script(name: str, main) -> NoReturn:
+    """End the process with main()'s exit status; what the user can mend ends in one sentence and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may have letters that a terminal has not
+    try:
+        status = main()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt as stop:
+        print(f"{str(stop) or 'stopped'}; the same command goes on from what was saved", file=sys.stderr)
+        status = 130
+    if torch.distributed.is_initialized():  # DistributedDataParallel's threads aborted a complete training once
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

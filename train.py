@@ -25,7 +25,6 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -43,12 +42,15 @@ from models import (
     WideResNet,
     fetch_classifier,
     hash_weights,
+    is_under_torchrun,
     load_classifier,
     load_tensors,
     load_weights,
     measure_accuracy,
+    read_ranks,
     record,
     representation_layers,
+    run_script,
     save_tensors,
     start_device,
 )
@@ -341,17 +343,18 @@ class AllSum(torch.autograd.Function):
 
 def start_ranks(device: torch.device) -> Ranks:
     """Join the processes that torchrun started; a plain `python train.py` is the only one."""
-    if "RANK" not in os.environ:
+    rank, count = read_ranks()
+    if not is_under_torchrun():
         return Ranks(device)
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    return Ranks(device, dist.get_rank(), dist.get_world_size())
+    return Ranks(device, rank, count)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """SIGTERM or Ctrl-C arrived; the step was finished and saved."""
 
 
@@ -681,7 +684,7 @@ def finish(run: Run, data: datasets.Dataset, data_dir: str, carso: CARSO) -> Non
         return
     state = {"dataset": run.config["dataset"], "data_dir": data_dir, "config": run.config, "classes": data.classes}
     save_carso(run.folder / "carso.pt", carso, **state)
-    for path in run.folder.glob("*.resume.pt"):
+    for path in [*run.folder.glob("*.resume.pt"), *run.folder.glob(".*.part")]:  # .part: of a run that was killed
         path.unlink()
     images, labels = data.test_images[:500], data.test_labels[:500]
     clean = measure_accuracy(carso, images, labels, batch_size=max(1, 250 // max(1, carso.samples)))
@@ -820,22 +823,6 @@ def main(argv=None, perturb=attack_every_batch, **more) -> int:
     train_purifier(run, data, carso, p, args.micro_batch, perturb)
     finish(run, data, args.data_dir, carso)
     return 0
-
-
-def run_script(name: str, main) -> NoReturn:
-    """End the process with main()'s exit status; what the user can mend ends in one sentence and status 2."""
-    try:
-        status = main()
-    except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        status = 2
-    except (Stopped, KeyboardInterrupt) as stop:
-        print(f"{str(stop) or 'stopped'}; the same command goes on from what was saved", file=sys.stderr)
-        status = 130
-    if dist.is_initialized():  # threads of DistributedDataParallel outlive it, and aborted a complete training once
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import data as datasets
 from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, project
-from models import load_tensors, save_tensors
-from train import Preset, Run, Stopped, main, run_script
+from models import load_tensors, run_script, save_tensors
+from train import Preset, Run, Stopped, main
 
 CHUNK = 256  # pictures that are attacked, and kept in a file, together, whatever the number of processes
 

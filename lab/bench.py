@@ -20,9 +20,9 @@ from torch.utils.flop_counter import flop_registry
 
 from attacks import adversarially_balanced_batch, objective
 from evaluate import Seen, climb
-from models import WideResNet, record, representation_layers, start_device
+from models import WideResNet, record, representation_layers, run_script, start_device
 from purifier import CARSO, build_carso, vae_loss
-from train import PAPER, PRESETS, Preset, build_optimizer, run_script
+from train import PAPER, PRESETS, Preset, build_optimizer
 
 SHAPES = {"digits": (10, (1, 32, 32)), "cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32)),
           "tinyimagenet": (200, (3, 64, 64))}  # fmt: skip

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluate import bootstrap_means
+from models import run_script
 
 NOISE = ("eot", "select", "draws")  # settings that do not matter where a model is deterministic
 STRENGTH = ("attacks", "steps", "targets", "queries", "pgd_steps", "pgd_step_size", "view", "bf16", "cascade", *NOISE)
@@ -155,12 +156,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="folders of evaluations; commas join the seeds of one model")
     args = parser.parse_args(argv)
-    try:
-        rows, warnings = compare([group.split(",") for group in args.folders])
-    except (ValueError, OSError) as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
-
+    rows, warnings = compare([group.split(",") for group in args.folders])
     for sentence in warnings:
         print(f"compare: {sentence}", file=sys.stderr)
     print("| evaluation | differs in | seeds x pictures | clean | robust | by seed | difference, clean "
@@ -172,4 +168,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script("compare", main)

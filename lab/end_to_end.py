@@ -22,9 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import data as datasets
 from aggregate import robust_logits
 from attacks import parse_eps, pgd
-from models import hash_weights, start_device
+from models import hash_weights, run_script, start_device
 from purifier import CARSO, load_carso
-from train import Preset, Run, attack_piecewise, draw_reconstructions, finish, load_data, run_script, start_ranks
+from train import Preset, Run, attack_piecewise, draw_reconstructions, finish, load_data, start_ranks
 
 
 class WholePass(nn.Module):

@@ -32,11 +32,10 @@ from evaluate import (
     reseed,
     run,
     run_chunks,
-    run_script,
     write_report,
 )
 from lab.attacks import ALL, CONTROLS, GROUPS
-from models import start_device
+from models import run_script, start_device
 
 # ------------------------------------------------------------------------------------------------- models of others
 
@@ -254,4 +253,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("lab.evaluate", main))
+    run_script("lab.evaluate", main)

@@ -8,15 +8,14 @@ import argparse
 import csv
 import itertools
 import os
-import sys
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's own, where its package is not installed, would stop the import
 from matplotlib.figure import Figure
 
 from attacks import parse_eps
-from data import write_atomically
 from evaluate import wilson
+from models import run_script, write_atomically
 
 LABELS = {"eps": "eps (pixels in [0, 1])", "steps": "steps", "eot": "draws a gradient", "samples": "S, members"}
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito, for all eyes
@@ -103,20 +102,19 @@ def main(argv=None) -> int:
     parser.add_argument("--radius", type=parse_eps, help="eps of the training: a line")
     parser.add_argument("--no-gradient", metavar="LABEL", help="the curve that an attack could not follow")
     args = parser.parse_args(argv)
-    try:
-        if args.out:
-            plot_finding(args.folders, args.out, args.radius, args.no_gradient)
-        for folder in [] if args.out else args.folders:
-            sweeps = sorted(Path(folder).glob("sweep-*.tsv"))
-            if not sweeps:
-                raise ValueError(f"{folder} holds no sweep-*.tsv; python -m lab.evaluate --sweep writes one")
-            for path in sweeps:
-                plot_sweep(folder, path.stem.removeprefix("sweep-"))
-    except (ValueError, OSError) as error:
-        print(f"plot: {error}", file=sys.stderr)
-        return 2
+    if args.out:
+        plot_finding(args.folders, args.out, args.radius, args.no_gradient)
+        print(f"the figure is {args.out}")
+        return 0
+    for folder in args.folders:
+        sweeps = sorted(Path(folder).glob("sweep-*.tsv"))
+        if not sweeps:
+            raise ValueError(f"{folder} holds no sweep-*.tsv; python -m lab.evaluate --sweep writes one")
+        for path in sweeps:
+            plot_sweep(folder, path.stem.removeprefix("sweep-"))
+            print(f"the curve is {path.with_suffix('.png')}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script("plot", main)

@@ -18,7 +18,7 @@ DEVICE = os.environ.get("CARSO_DEVICE", "cpu")  # where the real scripts run
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and lose much where other programs run
 
-from models import WideResNet, record, representation_layers  # noqa: E402
+from models import WideResNet, record, representation_layers, run_script  # noqa: E402
 from purifier import CARSO, build_carso  # noqa: E402
 
 # The parts of the reference's purifier, by our names: (reference part, reference key prefix) for each of our prefixes.
@@ -67,6 +67,13 @@ def fill(module: torch.nn.Module, name) -> torch.nn.Module:
 
 def formula_classifier(depth: int, width: int) -> WideResNet:
     return fill(WideResNet(10, depth, width), lambda key: f"classifier/{key}").eval()
+
+
+def exit_status(name: str, main) -> int:
+    """The status with which the script would end."""
+    with pytest.raises(SystemExit) as stop:
+        run_script(name, main)
+    return stop.value.code
 
 
 def picture(name: str, shape) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Every source on small fixtures in its official format, what it refuses, and the functions that write files."""
 
 import ast
+import errno
 import functools
 import hashlib
 import http.client
@@ -42,11 +43,11 @@ def check(dataset: data.Dataset, n, classes, shape):
     assert len(dataset.mean) == len(dataset.std) == shape[0] and min(dataset.std) > 0
 
 
-def test_the_file_stands_alone():
+def test_it_needs_no_other_package():
     nodes = list(ast.walk(ast.parse((ROOT / "data.py").read_text())))
     names = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert names - set(sys.stdlib_module_names) == {"numpy", "torch", "torchvision", "PIL"}
+    assert names - set(sys.stdlib_module_names) == {"numpy", "torch", "torchvision", "PIL", "models"}
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -600,7 +601,7 @@ def test_files_are_written_with_the_folders_they_need(tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_a_full_disk_leaves_what_was_there(tmp_path, error):
     def write(temporary):
-        assert temporary.parent == tmp_path and str(os.getpid()) in temporary.name
+        assert temporary.parent == tmp_path
         temporary.write_text("half")
         raise error
 
@@ -608,6 +609,26 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, error):
     with pytest.raises(OSError, match=f"a.txt could not be written .*{error.args[-1]}.*disk full"):
         data.write_atomically(tmp_path / "a.txt", write)
     assert (tmp_path / "a.txt").read_text() == "whole" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_of_one_file_are_not_in_each_others_way(tmp_path):
+    """In two containers, which share a folder, processes have equal numbers."""
+    names = []
+    data.write_atomically(tmp_path / "a", lambda one: names.append(one.name) or one.write_text("one"))
+    data.write_atomically(tmp_path / "a", lambda two: names.append(two.name) or two.write_text("two"))
+    assert len(set(names)) == 2 and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_system_that_cannot_synchronise_is_no_error_and_a_broken_one_is(tmp_path, monkeypatch):
+    def fail(number):
+        raise OSError(number, "fsync")
+
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EINVAL))
+    data.write_text(tmp_path / "a.txt", "whole")
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
+    with pytest.raises(OSError, match=r"a.txt could not be written \(.*fsync\)$"):
+        data.write_text(tmp_path / "a.txt", "half")
+    assert (tmp_path / "a.txt").read_text() == "whole"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -631,8 +652,10 @@ def test_a_file_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
     data.write_atomically(tmp_path / "a.pt", lambda temporary: torch.save({"x": 3}, temporary))
     data.save_pictures(tmp_path / "a.png", torch.zeros(1, 1, 1, 8, 8))
     assert sorted(os.listdir(tmp_path)) == ["a.npz", "a.png", "a.pt"]
-    with pytest.raises(OSError, match="used by another"), open(tmp_path / f".b.{os.getpid()}.part", "w"):
-        data.write_atomically(tmp_path / "b", lambda _: None)
+    opened = []
+    with pytest.raises(OSError, match="used by another"):
+        data.write_atomically(tmp_path / "b", lambda temporary: opened.append(open(temporary, "w")))
+    opened[0].close()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, ROOT, fresh_carso
+from conftest import DEVICE, ROOT, exit_status, fresh_carso
 from torch import nn
 from torch.testing import assert_close
 
@@ -59,7 +59,7 @@ def call(folder, monkeypatch, capsys):
 
     def call(*options, main=evaluate.main):
         monkeypatch.chdir(folder)
-        status = evaluate.run_script("evaluate.py", lambda: main([*OPTIONS, *map(str, options)]))
+        status = exit_status("evaluate.py", lambda: main([*OPTIONS, *map(str, options)]))
         said = capsys.readouterr()
         return status, said.out + said.err
 

@@ -333,3 +333,27 @@ def test_the_device_is_deterministic_and_there(monkeypatch):
     assert models.start_device() == torch.device("cpu")
     with pytest.raises(ValueError, match="--device cuda: PyTorch finds no GPU"):
         models.start_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "variables, ranks",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (0, 1)),  # left in the environment by something else
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, (1, 2)),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, (0, 1)),  # in a batch script, which is one process
+        ({"SLURM_STEP_NUM_TASKS": "8", "RANK": "0", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, (0, 8)),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_processes_count_where_torchrun_says_so(monkeypatch, variables, ranks):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if ranks:
+        assert models.read_ranks() == ranks
+        return
+    with pytest.raises(ValueError, match="started .* processes, which do not know of each other: .* torchrun"):
+        models.read_ranks()

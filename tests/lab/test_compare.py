@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import exit_status
 
 from lab import compare
 
@@ -133,6 +134,6 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         ([broken], "broken' holds files that evaluate.py did not write"),
         ([another], "another' holds files that evaluate.py did not write"),
     ):
-        assert compare.main(folders) == 2
+        assert exit_status("compare", functools.partial(compare.main, folders)) == 2
         error = capsys.readouterr().err
         assert error.startswith("compare: ") and sentence in error and error.count("\n") == 1

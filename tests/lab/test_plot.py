@@ -1,11 +1,13 @@
 """lab/plot.py on sweeps written by hand."""
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import exit_status
 
 from lab import plot
 
@@ -79,11 +81,11 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
         ([f"A={folder}", *out, "--no-gradient", "B"], "none of the labels A"),
         ([f"A={folder}", "--out", str(tmp_path / "finding.doc")], "doc"),
     ):
-        assert plot.main(arguments) == 2
+        assert exit_status("plot", functools.partial(plot.main, arguments)) == 2
         error = capsys.readouterr().err
         assert error.startswith("plot: ") and sentence in error
     assert [path.name for path in tmp_path.rglob("*.*")] == ["sweep-eps.tsv"]
     for table in ("eps\tclean\tn\n0.1\t1\t9\n", "eps\tclean\tnoise\tapgd-ce\tn\n"):
         (folder / "sweep-eps.tsv").write_text(table)
-        assert plot.main([str(folder)]) == 2
+        assert exit_status("plot", lambda: plot.main([str(folder)])) == 2
         assert "e/sweep-eps.tsv " in capsys.readouterr().err
