@@ -9,7 +9,7 @@
     for indices in batches(len(data.train_labels), 128, seed=0, epoch=3):
         x = pixels(data.train_images[indices])          # (B, C, H, W) in [0, 1]
 
-Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, and `note` says so.
+Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, and `notes` say so.
 Each source gives numpy arrays under MedMNIST's keys, and all pass through make_dataset, which refuses what makes no
 sense with a ValueError that names the file. At the end stand the functions that write files.
 """
@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Dataset:
     classes: list[str]
     mean: tuple[float, ...]  #    of the training pixels in [0, 1], a number a channel
     std: tuple[float, ...]
-    note: str = ""  #             one line for the log when the pictures are not as they were found
+    notes: list[str] = field(default_factory=list)  # whatever a user should know about these pictures, a thought each
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -426,7 +426,7 @@ def make_dataset(name: str, arrays: dict, classes: list[str] | None = None, note
         notes.append(f"(nearly) constant, and so not scaled: channel {list_some(flat)}")
         std = tuple(1.0 if channel in flat else deviation for channel, deviation in enumerate(std))
     tensors = train_images, train_labels, test_images[numbers], test_labels[numbers], numbers
-    return Dataset(name, *tensors, list(classes), mean, std, "; ".join(notes))
+    return Dataset(name, *tensors, list(classes), mean, std, notes)
 
 
 def check_fit(data: Dataset, shape, classes: list[str], checkpoint) -> None:

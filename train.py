@@ -810,7 +810,9 @@ def main(argv=None, perturb=attack_every_batch, **more) -> int:
     if run.is_complete():
         return 0
     run.say(f"{data.name}: {len(data.train_labels)} training pictures {tuple(data.train_images.shape[1:])}, "
-            f"{len(data.classes)} classes; {ranks.count} process(es) on {ranks.device.type} {data.note}")  # fmt: skip
+            f"{len(data.classes)} classes; {ranks.count} process(es) on {ranks.device.type}")  # fmt: skip
+    for note in data.notes:
+        run.say(note)
 
     if args.train_on or not given:
         classifier = make_classifier(run, data, classifier.requires_grad_(True), p, args.micro_batch)

@@ -98,7 +98,7 @@ def test_digits_are_embedded_and_never_change():
     check(digits, 1297, 10, (1, 32, 32))
     assert data.fingerprint(digits.train_images, digits.train_labels, digits.classes) == DIGITS[0]
     assert data.fingerprint(digits.test_images, digits.test_labels, digits.classes) == DIGITS[1]
-    assert (digits.mean, digits.std, digits.note) == ((0.3054,), (0.3758,), "")
+    assert (digits.mean, digits.std, digits.notes) == ((0.3054,), (0.3758,), [])
     assert torch.equal(digits.test_numbers, torch.arange(500))
     both = torch.cat([digits.train_images, digits.test_images]).flatten(1)
     assert len(both.unique(dim=0)) == 1797  # no picture is in both splits
@@ -128,7 +128,7 @@ def test_npz_with_medmnist_keys(tmp_path):
     dataset = data.load(save(tmp_path / "a.npz"))
     check(dataset, 12, 3, (3, 32, 32))
     expected = arrays()["train_images"].transpose(0, 3, 1, 2)
-    assert np.array_equal(dataset.train_images.numpy(), expected) and not dataset.note
+    assert np.array_equal(dataset.train_images.numpy(), expected) and not dataset.notes
     assert dataset.name == str(tmp_path / "a.npz") and dataset.train_labels[:4].tolist() == [0, 1, 2, 0]
 
 
@@ -139,7 +139,8 @@ def test_npz_grey_resized_and_with_val_for_test(tmp_path, side, size):
     np.savez(tmp_path / "b.npz", **small)
     dataset = data.load(tmp_path / "b.npz")
     check(dataset, 12, 3, (1, size, size))
-    assert f"{side}x{side} to {size}x{size}" in dataset.note
+    note = f"{tmp_path}/b.npz: train_images are resized from {side}x{side} to {size}x{size}"
+    assert dataset.notes == [note, note.replace("train", "test")]
     assert dataset.train_images.float().mean() == pytest.approx(small["train_images"].mean(), rel=0.01)
 
 
@@ -252,7 +253,8 @@ def test_a_constant_channel_is_not_scaled(tmp_path):
     images[..., 2] = images[..., 2] % 2 + 254
     dataset = data.load(save(tmp_path / "a.npz", train_images=images))
     assert dataset.mean[1:] == (0.2, pytest.approx(0.998, abs=1e-3)) and dataset.std[1:] == (1.0, 1.0)
-    assert dataset.std[0] == pytest.approx(0.2887, abs=0.01) and "not scaled: channel 1, 2" in dataset.note
+    assert dataset.std[0] == pytest.approx(0.2887, abs=0.01)
+    assert dataset.notes == ["(nearly) constant, and so not scaled: channel 1, 2"]
 
 
 def test_a_test_split_in_the_order_of_its_classes_is_shuffled_once(tmp_path):
@@ -260,7 +262,8 @@ def test_a_test_split_in_the_order_of_its_classes_is_shuffled_once(tmp_path):
     path = save(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     dataset = data.load(path)
     check(dataset, 40, 2, (1, 32, 32))
-    assert 5 < dataset.test_labels[:20].sum() < 15 and "shuffled" in dataset.note
+    assert 5 < dataset.test_labels[:20].sum() < 15
+    assert dataset.notes == ["the test pictures, which come in the order of their classes, are shuffled"]
     assert np.array_equal(dataset.test_labels.numpy(), labels[dataset.test_numbers])
     assert np.array_equal(dataset.test_images[:, 0].numpy(), images[dataset.test_numbers])
     assert torch.equal(data.load(path).test_numbers, dataset.test_numbers)
@@ -314,7 +317,7 @@ def check_cifar100(folder):
     assert dataset.mean == (0.5071, 0.4865, 0.4409) and dataset.train_labels[:4].tolist() == [0, 98, 2, 96]
     rows = np.random.default_rng(20).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
     assert np.array_equal(dataset.train_images.numpy(), rows) and dataset.classes[3] == "class 3"
-    assert "there are no test pictures of class 1, class 3, class 5, class 7, class 9 and 85 more" in dataset.note
+    assert dataset.notes[0] == "there are no test pictures of class 1, class 3, class 5, class 7, class 9 and 85 more"
     assert sorted(path.name for path in folder.iterdir()) == ["cifar-100-python", "cifar-100-python.tar.gz"]
 
 
@@ -490,7 +493,8 @@ def test_a_folder_as_people_have_it(tmp_path):
     check(dataset, 6, 2, (1, 32, 32))
     assert dataset.classes == ["cats", "dogs"] and dataset.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.train_images[:, 0, 0, 0].tolist() == [0, 1, 50, 100, 101, 50]
-    assert "used at 32x32" in dataset.note and "1 files are left out, which are no pictures (notes.txt)" in dataset.note
+    assert f"every picture of {tmp_path} is used at 32x32" in dataset.notes
+    assert "1 files are left out, which are no pictures (notes.txt)" in dataset.notes
     Image.new("RGB", (64, 64), (10, 20, 30)).save(tmp_path / "val" / "cats" / "00.png")
     coloured = data.load(tmp_path)
     check(coloured, 6, 2, (3, 32, 32))
