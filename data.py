@@ -6,10 +6,12 @@
     data = load("pictures/")                  # train/CLASS/**, test/CLASS/** (or val/CLASS/**)
     data = load("tiny-imagenet-200.zip")      # Tiny ImageNet that you already have, as a zip or unpacked
     data = load("test.npz", classes=names)    # test pictures alone, for a checkpoint that knows these classes
+    data = load("mine.npz", keep_size=True)   # for a model of your own, which takes pictures of another size
     for indices in batches(len(data.train_labels), 128, seed=0, epoch=3):
         x = pixels(data.train_images[indices])          # (B, C, H, W) in [0, 1]
 
-Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, and `notes` say so.
+Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, unless keep_size is
+given. Whatever could surprise somebody about the pictures that are used, or left out, stands in `notes`.
 Each source gives numpy arrays under MedMNIST's keys, and all pass through make_dataset, which refuses what makes no
 sense with a ValueError that names the file. At the end stand the functions that write files.
 """
@@ -19,9 +21,11 @@ import http.client
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import zipfile
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,42 +110,48 @@ def fingerprint(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) 
 # --------------------------------------------------------------------------------------------------------- loading
 
 
-def load(name_or_path, data_dir="data", classes: list[str] | None = None) -> Dataset:
-    """A data set by name (see NAMES) or by path; downloads and caches go to data_dir.
+def load(name_or_path, data_dir="data", classes: list[str] | None = None, keep_size: bool = False) -> Dataset:
+    """A data set by name (see NAMES) or by path; downloads and caches go to data_dir. In both, `~` is the home folder.
 
     classes: the classes that a checkpoint was trained on. An .npz of test pictures alone needs them; train_images are
     then empty, (0, C, H, W), and mean and std those of the test pictures. Other sources bring their own classes.
+    keep_size: pictures of any size are taken as they are, if all are alike.
 
     Raises ValueError with one sentence that says what is wrong with a name, a file or its contents, and OSError
     likewise when a file cannot be downloaded or written."""
-    name, path, data_dir = str(name_or_path), Path(name_or_path), Path(data_dir).expanduser()
+    name, notes = str(name_or_path), []
+    path, data_dir = (Path(os.path.abspath(os.path.expanduser(given))) for given in (name, data_dir))
+    if name in NAMES and path.exists():
+        notes.append(f"{name} is the known data set, not {path}: for that one, give ./{name}")
     if name == "digits":
-        return make_dataset(name, read_digits(), [str(digit) for digit in range(10)])
+        return make_dataset(name, read_digits(), [str(digit) for digit in range(10)], notes)
     if name in ("cifar10", "cifar100"):
-        return make_dataset(name, *read_cifar(name, data_dir))
+        return make_dataset(name, *read_cifar(name, data_dir), notes)
     if name == "tinyimagenet":
-        return make_dataset(name, read_tinyimagenet(fetch_tinyimagenet(data_dir), data_dir))
+        return make_dataset(name, read_tinyimagenet(fetch_tinyimagenet(data_dir), data_dir), None, notes)
     if path.is_dir():
-        arrays, notes = read_folder(path)
-        return make_dataset("tinyimagenet" if list_annotated(path) else name, arrays, notes=notes)
+        arrays = read_folder(path, notes, keep_size)
+        return make_dataset("tinyimagenet" if list_annotated(path) else name, arrays, None, notes, keep_size)
     if path.is_file() and path.suffix.lower() == ".npz":
-        arrays = read_npz(path)
-        return make_dataset(name, arrays, None if "train_images" in arrays else classes)
+        arrays = read_npz(path, notes)
+        return make_dataset(name, arrays, None if "train_images" in arrays else classes, notes, keep_size)
     if path.is_file() and path.suffix.lower() == ".zip":
-        return make_dataset("tinyimagenet", read_tinyimagenet(path, data_dir))
+        return make_dataset("tinyimagenet", read_tinyimagenet(path, data_dir), None, notes)
     raise ValueError(f"{name} is none of {', '.join(NAMES)}, nor the path of an .npz, a folder or a Tiny ImageNet zip")
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
     """{train,test}_images and {train,test}_labels. Where there is no test split, val serves; there may be no training
-    split. Whatever else is in the file is not looked at."""
+    split. Whatever else is in the file is only named in `notes`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = ["test_images", "test_labels"]
             if "train_images" in file.files or "train_labels" in file.files:
                 keys += ["train_images", "train_labels"]
             second = "test" if "test_images" in file.files else "val"
-            return {key: file[key.replace("test", second)] for key in keys}
+            keys = {key: key.replace("test", second) for key in keys}
+            notes += [f"{key} of {path} is not used" for key in file.files if key not in keys.values()]
+            return {key: file[there] for key, there in keys.items()}
     except Exception as error:  # numpy raises anything, on a web page under this name, a broken zip, objects
         raise ValueError(f"{path} is not a whole .npz of plain arrays with MedMNIST's keys ({error})") from None
 
@@ -149,7 +159,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 def read_digits() -> dict[str, np.ndarray]:
     """UCI optical digits, 8x8 (see assets/README.md for source and licence), each pixel shown as a block
     of 4x4 so that the same architecture serves."""
-    arrays = read_npz(Path(__file__).parent / "assets" / "digits.npz")
+    arrays = read_npz(Path(__file__).parent / "assets" / "digits.npz", [])
     for key in ("train_images", "test_images"):
         small = np.rint(arrays[key] * (255 / 16)).astype(np.uint8)  # values 0 .. 16
         arrays[key] = small.repeat(4, axis=1).repeat(4, axis=2)
@@ -224,11 +234,11 @@ def read_tinyimagenet(archive: Path, data_dir: Path) -> dict[str, np.ndarray]:
         try:
             with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory(prefix=".tmp-", dir=data_dir) as folder:
                 file.extractall(folder)
-                arrays, _ = read_folder(Path(folder) / "tiny-imagenet-200")
+                arrays = read_folder(Path(folder) / "tiny-imagenet-200", [])
         except Exception as error:  # zipfile raises anything on a broken or encrypted file
             raise ValueError(f"{archive} is not a zip of Tiny ImageNet, or not whole ({error})") from None
         write_npz(cache, **arrays)
-    return read_npz(cache)
+    return read_npz(cache, [])
 
 
 def list_annotated(folder: Path) -> list[tuple[Path, str]]:
@@ -259,42 +269,69 @@ def convert_to_8_bits(picture: Image.Image, file_format: str) -> Image.Image:
     return picture.convert(mode)
 
 
-def read_picture(file: Path, size: int | None = None) -> Image.Image:
-    """The picture as it is meant to be seen, in mode L or RGB: upright, the first of several frames, size x size (if
-    not given, 32 or 64, whichever is nearer).
+def read_picture(file: Path) -> Image.Image:
+    """The picture as it is meant to be seen, in mode L or RGB: upright, the first of several frames.
 
     Raises ValueError, with the file's name, for what cannot be read or whose values have no known range."""
     try:
         with Image.open(file) as found:
-            picture = convert_to_8_bits(ImageOps.exif_transpose(found), found.format)
+            return convert_to_8_bits(ImageOps.exif_transpose(found), found.format)
     except Exception as error:  # Pillow raises anything, from SyntaxError to struct.error, on a broken file
         raise ValueError(f"{file} cannot be read as a picture ({error}): mend or remove it") from None
-    nearest = choose_size(picture.height, picture.width, file)
-    return picture.resize([size or nearest] * 2, Image.Resampling.BILINEAR)
 
 
-def list_pictures(folder: Path, others: list[str]) -> list[tuple[Path, str]]:
-    """Every picture file in CLASS/ and its subfolders, with CLASS, in order. The names of other files go to `others`;
-    what a system or a notebook hides there (.ipynb_checkpoints, ._1.png, @eaDir) is not seen."""
+def list_files(folder: Path, around: list[Path]) -> list[Path]:
+    """Every file in folder and its subfolders, in order. Linked folders are followed; a link to one of the folders
+    around it is listed itself."""
+    place = folder.resolve()
+    if any(outer.is_relative_to(place) for outer in around):
+        return [folder]
+    files = []
+    for entry in sorted(folder.iterdir()):
+        files += list_files(entry, [*around, place]) if entry.is_dir() else [entry]
+    return files
+
+
+def list_pictures(split: Path, unused: dict[str, list[Path]]) -> list[tuple[Path, str]]:
+    """Every picture in CLASS/ and its subfolders, with CLASS, in order. All else goes to `unused`, under the reason."""
     pictures = []
-    for file in sorted(folder.glob("*/**/*")):
-        parts = file.relative_to(folder).parts
-        if file.is_dir() or any(part.startswith((".", "@")) for part in parts):
-            continue
-        if file.suffix.lower() in SUFFIXES:
-            pictures.append((file, parts[0]))
+    for file in list_files(split, [split.parent.resolve()]) if split.is_dir() else []:
+        parts = file.relative_to(split).parts
+        if any(part.startswith((".", "@")) for part in parts):  # .ipynb_checkpoints, ._1.png, @eaDir
+            unused["hidden"].append(file)
+        elif file.is_dir():
+            unused["a link to a folder around it"].append(file)
+        elif file.suffix.lower() not in SUFFIXES:
+            unused["no picture"].append(file)
+        elif len(parts) == 1:
+            unused["in no class folder"].append(file)
         else:
-            others.append(file.name)
+            pictures.append((file, parts[0]))
     return pictures
 
 
-def read_folder(folder: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """train/CLASS/** and test/CLASS/** (or val/CLASS/**), with pictures of every class in both -> arrays, notes.
+def read_pictures(files: list[Path], notes: list[str], keep_size: bool) -> np.ndarray:
+    """(N, H, W), or (N, H, W, 3) if one of them is in colour; all are resized as the first one asks for. Raises
+    ValueError where sizes are to be kept, but differ."""
+    pictures = []
+    for file in files:
+        picture = read_picture(file)
+        chosen = choose_size(picture.size, file, keep_size)
+        size = pictures[0].size if pictures else chosen
+        if keep_size and picture.size != size:
+            raise ValueError(f"{file} has another size than {files[0]}: make all pictures alike")
+        pictures.append(picture.resize(size, Image.Resampling.BILINEAR))
+    notes.append(f"every picture is used at {size[0]}x{size[1]}")
+    mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
+    return np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
 
-    Sizes may differ: every picture is resized as the first training picture asks for. One colour picture makes the
-    whole set colour."""
-    others = []
-    train, test, val = (list_pictures(folder / split, others) for split in ("train", "test", "val"))
+
+def read_folder(folder: Path, notes: list[str], keep_size: bool = False) -> dict[str, np.ndarray]:
+    """train/CLASS/** and test/CLASS/** (or val/CLASS/**), with pictures of every class in both -> arrays. Whatever else
+    is in these folders is counted in `notes`, with the reason."""
+    unused = defaultdict(list)
+    train, test, val = (list_pictures(folder / split, unused) for split in ("train", "test", "val"))
+    others = {file for file, _ in test + val}
     classes = {label for _, label in train}
     if not classes & {label for _, label in test}:  # none, or Tiny ImageNet's, which have no labels
         test = list_annotated(folder) or val or test
@@ -303,19 +340,17 @@ def read_folder(folder: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     if alone := classes ^ {label for _, label in test}:
         raise ValueError(f"{folder} has pictures of {list_some(sorted(alone))} in only one of the two splits: add some")
 
-    size, pictures = None, []
-    for file, _ in train + test:
-        pictures.append(read_picture(file, size))
-        size = pictures[0].width
-    mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
-    images = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
+    unused["the test pictures are others"] += sorted(others - {file for file, _ in test})
+    folders = [path for path in sorted((folder / "train").glob("[!.@]*")) if path.is_dir()]
+    unused["a class without pictures"] += [path for path in folders if path.name not in classes]
+    for reason, files in unused.items():
+        if files:
+            notes.append(f"{len(files)} not used, {reason}: {list_some([file.relative_to(folder) for file in files])}")
+
+    images = read_pictures([file for file, _ in train + test], notes, keep_size)
     labels, n = np.array([label for _, label in train + test]), len(train)
     arrays = {"train_images": images[:n], "train_labels": labels[:n]}
-    arrays |= {"test_images": images[n:], "test_labels": labels[n:]}
-    notes = [f"every picture of {folder} is used at {size}x{size}"]
-    if others:
-        notes.append(f"{len(others)} files are left out, which are no pictures ({list_some(others)})")
-    return arrays, notes
+    return arrays | {"test_images": images[n:], "test_labels": labels[n:]}
 
 
 # ------------------------------------------------------------------------------------- arrays of any source, checked
@@ -325,15 +360,18 @@ def list_some(names: list) -> str:
     return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def choose_size(height: int, width: int, what) -> int:
-    """32 or 64, whichever is nearer. Raises ValueError where resizing would leave nothing of the picture."""
-    if min(height, width) < 8 or max(height, width) > 2 * min(height, width):
-        raise ValueError(f"{what}: {height}x{width} pixels; pictures should be roughly square and 8 pixels or more")
-    return 32 if max(height, width) <= 48 else 64
+def choose_size(size: tuple[int, int], what, keep_size: bool) -> tuple[int, int]:
+    """32x32 or 64x64, whichever is nearer; the size itself, if it is to be kept. Raises ValueError where resizing would
+    leave nothing of the picture."""
+    if keep_size:
+        return size
+    if min(size) < 8 or max(size) > 2 * min(size):
+        raise ValueError(f"{what}: {size[0]}x{size[1]} pixels; pictures should be roughly square and 8 pixels or more")
+    return (32, 32) if max(size) <= 48 else (64, 64)
 
 
-def convert_images(images, what: str, notes: list[str]) -> torch.Tensor:
-    """(N, H, W) or (N, H, W, C), uint8 or floats in [0, 1] -> (N, C, size, size) uint8."""
+def convert_images(images, what: str, notes: list[str], keep_size: bool) -> torch.Tensor:
+    """(N, H, W) or (N, H, W, C), uint8 or floats in [0, 1] -> (N, C, H, W) uint8 in the size that is used."""
     images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., None]
@@ -346,13 +384,15 @@ def convert_images(images, what: str, notes: list[str]) -> torch.Tensor:
         images = np.rint(images * 255.0).astype(np.uint8)
     if images.dtype != np.uint8:
         raise ValueError(f"{what} should be uint8 pixels, or floats in [0, 1], not {images.dtype}")
+    if images.max() < 128:  # the radius of an attack is meant for pictures between 0 and 255
+        notes.append(f"{what}: no pixel is above {images.max()} of 255; if that is meant as white, scale the pictures")
     images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     height, width = images.shape[2:]
-    size = choose_size(height, width, what)
-    if (height, width) == (size, size):
+    size = choose_size((height, width), what, keep_size)
+    if (height, width) == size:
         return images
-    notes.append(f"{what} are resized from {height}x{width} to {size}x{size}")
-    resize = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    notes.append(f"{what} are resized from {height}x{width} to {size[0]}x{size[1]}")
+    resize = partial(F.interpolate, size=size, mode="bilinear", antialias=True)
     return torch.cat([resize(part.float()).round().clamp(0, 255).to(torch.uint8) for part in images.split(4096)])
 
 
@@ -390,15 +430,15 @@ def measure_channels(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[flo
     return tuple(round(m, 4) for m in means), tuple(round(s, 4) for s in stds)
 
 
-def make_dataset(name: str, arrays: dict, classes: list[str] | None = None, notes=()) -> Dataset:
+def make_dataset(name: str, arrays: dict, classes: list[str] | None, notes: list[str], keep_size=False) -> Dataset:
     """Check what a source holds, and bring it into one form.
 
     arrays: {train,test}_images and {train,test}_labels, as convert_images and convert_labels take them. If classes are
     given, the training split may be missing; if not, the training labels are the classes' names."""
-    images, labels, notes = {}, {}, list(notes)
+    images, labels = {}, {}
     for split in ("train", "test"):
         if f"{split}_images" in arrays:
-            images[split] = convert_images(arrays[f"{split}_images"], f"{name}: {split}_images", notes)
+            images[split] = convert_images(arrays[f"{split}_images"], f"{name}: {split}_images", notes, keep_size)
             labels[split] = convert_labels(arrays[f"{split}_labels"], f"{name}: {split}_labels")
             if len(images[split]) != len(labels[split]):
                 raise ValueError(f"{name} has {len(images[split])} {split} pictures but {len(labels[split])} labels")
@@ -415,6 +455,12 @@ def make_dataset(name: str, arrays: dict, classes: list[str] | None = None, note
     if train_images.shape[1:] != test_images.shape[1:]:
         raise ValueError(f"{name}: training and test pictures differ in size or number of channels; make them alike")
 
+    known = {hash(picture.tobytes()) for picture in train_images.numpy()}
+    if shared := sum(hash(picture.tobytes()) in known for picture in test_images.numpy()):
+        notes.append(f"{shared} of {len(test_images)} test pictures are exactly among the training pictures")
+    by_number = sorted(classes, key=lambda name: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name))
+    if sorted(classes) == list(classes) != by_number:
+        notes.append(f"the classes are in the order of text, not of numbers: {', '.join(classes)}")
     if untested := sorted(set(range(len(classes))) - set(test_labels.tolist())):
         notes.append(f"there are no test pictures of {list_some([classes[k] for k in untested])}")
     numbers = torch.arange(len(test_labels))

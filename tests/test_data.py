@@ -111,11 +111,11 @@ DIGITS = "d97d7016da63ebba9dec799d9beee8a5", "953eb4dcb72eed81e181be51874a5ace"
 
 
 def arrays(n=12, side=32, channels=3, classes=3):
-    """In MedMNIST's form; the test pictures are the first six."""
-    shape = (n, side, side, channels) if channels else (n, side, side)
+    """In MedMNIST's form: n training pictures and six for the test, all of them different."""
+    shape = (n + 6, side, side, channels) if channels else (n + 6, side, side)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(n)[:, None] % classes
-    return {"train_images": images, "train_labels": labels, "test_images": images[:6], "test_labels": labels[:6]}
+    return {"train_images": images[:n], "train_labels": labels, "test_images": images[n:], "test_labels": labels[:6]}
 
 
 def save(path, **changes):
@@ -263,11 +263,78 @@ def test_a_test_split_in_the_order_of_its_classes_is_shuffled_once(tmp_path):
     dataset = data.load(path)
     check(dataset, 40, 2, (1, 32, 32))
     assert 5 < dataset.test_labels[:20].sum() < 15
-    assert dataset.notes == ["the test pictures, which come in the order of their classes, are shuffled"]
+    assert dataset.notes[1:] == ["the test pictures, which come in the order of their classes, are shuffled"]
     assert np.array_equal(dataset.test_labels.numpy(), labels[dataset.test_numbers])
     assert np.array_equal(dataset.test_images[:, 0].numpy(), images[dataset.test_numbers])
     assert torch.equal(data.load(path).test_numbers, dataset.test_numbers)
     assert torch.equal(dataset.train_labels, torch.from_numpy(labels))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+@pytest.mark.parametrize("high, noted", [(1, True), (16, True), (127, True), (128, False), (255, False)])
+def test_a_range_that_is_none_of_eight_bits_is_named(tmp_path, kind, high, noted):
+    """Digits of sklearn, masks: an attack's radius would be a hundred times too large for them."""
+    images = np.random.default_rng(0).integers(0, high + 1, (18, 32, 32), dtype=np.uint8)
+    images[:, 0, 0] = high
+    if kind == "float32":
+        images = images.astype(np.float32) / 255
+    dataset = data.load(save(tmp_path / "a.npz", train_images=images[:12], test_images=images[12:]))
+    notes = [note for note in dataset.notes if "no pixel" in note]
+    assert len(notes) == 2 * noted and all(f"_images: no pixel is above {high} of 255;" in note for note in notes)
+
+
+def test_test_pictures_that_were_trained_on_are_counted(tmp_path):
+    images = arrays(side=28, n=20)["train_images"]
+    path = save(tmp_path / "a.npz", train_images=images[:12], test_images=np.stack([*images[3:5], *images[14:18]]))
+    assert "2 of 6 test pictures are exactly among the training pictures" in data.load(path).notes
+    images[3:5, 5, 5, 2] ^= 1  # one pixel of one colour, by 1
+    path = save(tmp_path / "b.npz", train_images=images[:12], test_images=arrays(side=28, n=20)["train_images"][3:9])
+    assert "4 of 6 test pictures are exactly among the training pictures" in data.load(path, keep_size=True).notes
+
+
+def test_what_else_is_in_a_file_is_named(tmp_path):
+    dataset = data.load(save(tmp_path / "a.npz", val_images=np.zeros((3, 32, 32)), val_labels=np.zeros(3)))
+    assert dataset.notes == [f"{key} of {tmp_path}/a.npz is not used" for key in ("val_images", "val_labels")]
+    check(dataset, 12, 3, (3, 32, 32))
+
+
+def test_classes_in_the_order_of_text_are_printed(tmp_path):
+    for names in (range(1, 13), [f"class {k}" for k in range(12)]):
+        labels = np.array(list(names)).astype(str)
+        dataset = data.load(save(tmp_path / "a.npz", train_labels=labels, test_labels=labels[::2]))
+        order = ", ".join(sorted(map(str, names)))
+        assert f"the classes are in the order of text, not of numbers: {order}" in dataset.notes
+        assert dataset.classes == order.split(", ")
+    for labels in (np.arange(1, 13), np.array([f"{k:02}" for k in range(12)]), np.array(list("abcdefghijkl"))):
+        dataset = data.load(save(tmp_path / "a.npz", train_labels=labels, test_labels=labels[::2]))
+        assert not [note for note in dataset.notes if "order of text" in note]
+
+
+@pytest.mark.parametrize("height, width", [(28, 28), (128, 128), (7, 100)])
+def test_pictures_keep_their_size_if_asked(tmp_path, height, width):
+    images = np.random.default_rng(0).integers(0, 256, (18, height, width, 3), dtype=np.uint8)
+    path = save(tmp_path / "a.npz", train_images=images[:12], test_images=images[12:])
+    dataset = data.load(path, keep_size=True)
+    assert np.array_equal(dataset.train_images.numpy(), images[:12].transpose(0, 3, 1, 2)) and not dataset.notes
+    assert np.array_equal(dataset.test_images.numpy(), images[12:].transpose(0, 3, 1, 2))
+    path = save(tmp_path / "a.npz", train_images=images[:12], test_images=images[12:, 1:])
+    with pytest.raises(ValueError, match="a.npz: training and test pictures differ in size"):
+        data.load(path, keep_size=True)
+    assert data.load("digits", keep_size=True).test_images.shape == (500, 1, 32, 32)
+
+
+def test_a_file_is_the_same_by_every_path(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    save(tmp_path / "a.npz")
+    monkeypatch.chdir(tmp_path / "sub")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    same = [data.load(path) for path in (tmp_path / "a.npz", "../a.npz", "~/a.npz", Path("~/a.npz"))]
+    assert len({data.fingerprint(d.train_images, d.train_labels, d.classes) for d in same}) == 1
+
+
+def test_the_home_folder_may_hold_the_data(tmp_path, cifar100, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(data.load("cifar100", "~/data").train_labels) == 20 and (tmp_path / "data").is_dir()
 
 
 @pytest.mark.parametrize("name", ["cifar11", "nowhere/x.npz", "README.md"])
@@ -488,18 +555,96 @@ def test_a_folder_as_people_have_it(tmp_path):
     (train / "dogs" / "link.png").symlink_to(train / "cats" / "a" / "b" / "x.PNG")
     (train / "dogs" / "notes.txt").write_text("")
     (train / "emus").mkdir()
+    (train / "eels").mkdir()
+    (train / "eels" / "0.HEIC").write_text("of an iPhone")
+    (train / "Thumbs.db").write_text("")
+    Image.new("L", (32, 32)).save(train / "0.png")
     (tmp_path / "read me").write_text("")
     dataset = data.load(tmp_path)
     check(dataset, 6, 2, (1, 32, 32))
     assert dataset.classes == ["cats", "dogs"] and dataset.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.train_images[:, 0, 0, 0].tolist() == [0, 1, 50, 100, 101, 50]
-    assert f"every picture of {tmp_path} is used at 32x32" in dataset.notes
-    assert "1 files are left out, which are no pictures (notes.txt)" in dataset.notes
+    hidden = ".git/0.png", "cats/._0.png", "cats/.ipynb_checkpoints/0.png", "cats/@eaDir/0.png"
+    assert dataset.notes[:5] == [
+        "4 not used, hidden: " + ", ".join(f"train/{name}" for name in hidden),
+        "1 not used, in no class folder: train/0.png",
+        "3 not used, no picture: train/Thumbs.db, train/dogs/notes.txt, train/eels/0.HEIC",
+        "2 not used, a class without pictures: train/eels, train/emus",
+        "every picture is used at 32x32",
+    ]
     Image.new("RGB", (64, 64), (10, 20, 30)).save(tmp_path / "val" / "cats" / "00.png")
     coloured = data.load(tmp_path)
     check(coloured, 6, 2, (3, 32, 32))
     assert coloured.train_images[3].unique().tolist() == [100]
     assert coloured.test_images[coloured.test_numbers == 0][0, :, 5, 5].tolist() == [10, 20, 30]
+
+
+def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
+    make_folder(tmp_path / "elsewhere", splits=("more",))
+    folder = make_folder(tmp_path / "a")
+    cats = folder / "train" / "cats"
+    shutil.move(folder / "train" / "dogs", tmp_path / "dogs")
+    (folder / "train" / "dogs").symlink_to(tmp_path / "dogs")  # a class
+    (cats / "more").symlink_to(tmp_path / "elsewhere" / "more" / "cats")  # a part of one
+    (tmp_path / "elsewhere" / "more" / "cats" / "back").symlink_to(cats)
+    (cats / "self").symlink_to(cats)
+    (cats / "up").symlink_to("../..")  # would make cats of all test pictures
+    (cats / "nowhere").symlink_to("nothing")
+    dataset = data.load(folder)
+    check(dataset, 6, 2, (1, 32, 32))
+    assert dataset.train_labels.tolist() == [0, 0, 0, 0, 1, 1]
+    back = "train/cats/more/back, train/cats/self, train/cats/up"
+    assert f"3 not used, a link to a folder around it: {back}" in dataset.notes
+    assert "1 not used, no picture: train/cats/nowhere" in dataset.notes
+    shutil.rmtree(folder / "test")
+    (folder / "test").symlink_to("train")  # all of it
+    assert "6 of 6 test pictures are exactly among the training pictures" in data.load(folder).notes
+
+
+def test_a_split_that_is_not_used_is_named(tmp_path, tiny):
+    folder = make_folder(tmp_path / "a", splits=("train", "test", "val"))
+    names = ", ".join(f"val/{name}" for name in ("cats/00.png", "cats/01.png", "dogs/00.png", "dogs/01.png"))
+    assert f"4 not used, the test pictures are others: {names}" in data.load(folder).notes
+    shutil.rmtree(folder / "test" / "cats")
+    shutil.move(folder / "test" / "dogs", folder / "test" / "Dogs")  # no class at all
+    notes = data.load(folder).notes
+    assert "2 not used, the test pictures are others: test/Dogs/00.png, test/Dogs/01.png" in notes
+    with zipfile.ZipFile(tiny) as file:
+        file.extractall(tmp_path)
+    Image.new("RGB", (64, 64)).save(tmp_path / "tiny-imagenet-200" / "val" / "images" / "val_2.JPEG")
+    notes = data.load(tmp_path / "tiny-imagenet-200").notes
+    unused = "test/images/test_0.JPEG, val/images/val_2.JPEG"
+    assert f"2 not used, the test pictures are others: {unused}" in notes
+
+
+def test_a_folder_keeps_its_pictures_size_if_all_are_alike(tmp_path):
+    for split in ("train", "test"):
+        for k, name in enumerate(("cats", "dogs")):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (128, 100), 50 * k).save(tmp_path / split / name / "0.png")
+    dataset = data.load(tmp_path, keep_size=True)
+    check(dataset, 2, 2, (1, 100, 128))
+    assert "every picture is used at 128x100" in dataset.notes
+    odd = tmp_path / "test" / "dogs" / "0.png"
+    Image.new("L", (100, 128)).save(odd)
+    with pytest.raises(ValueError, match=f"^{odd} has another size than {tmp_path}/train/cats/0.png: make all"):
+        data.load(tmp_path, keep_size=True)
+    check(data.load(tmp_path), 2, 2, (1, 64, 64))
+
+
+def test_a_folder_of_pictures_with_twelve_bits_of_sixteen_is_told(tmp_path):
+    for path in make_folder(tmp_path).glob("*/*/*"):
+        Image.fromarray(np.full((32, 32), 4095, np.uint16)).save(path)
+    assert sum("no pixel is above 16 of 255" in note for note in data.load(tmp_path).notes) == 2
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_a_name_beside_a_folder_or_file_of_that_name(tmp_path, monkeypatch, make):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "digits")
+    dataset = data.load("digits")
+    assert dataset.notes == [f"digits is the known data set, not {tmp_path}/digits: for that one, give ./digits"]
+    check(dataset, 1297, 10, (1, 32, 32))
 
 
 @pytest.mark.parametrize("name", ["digits/", "./cifar10", "tinyimagenet/."])
