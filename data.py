@@ -11,9 +11,9 @@
         x = pixels(data.train_images[indices])          # (B, C, H, W) in [0, 1]
 
 Every picture is square, 32 or 64 pixels wide (the purifier's two geometries); others are resized, unless keep_size is
-given. Whatever could surprise somebody about the pictures that are used, or left out, stands in `notes`.
-Each source gives numpy arrays under MedMNIST's keys, and all pass through make_dataset, which refuses what makes no
-sense with a ValueError that names the file. At the end stand the functions that write files.
+given. Each source gives numpy arrays under MedMNIST's keys, and all pass through make_dataset, which refuses what makes
+no sense with a ValueError that names the file. Whatever was changed, left out or may surprise stands in `notes`.
+At the end stand the functions that write files.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class Dataset:
     classes: list[str]
     mean: tuple[float, ...]  #    of the training pixels in [0, 1], a number a channel
     std: tuple[float, ...]
-    notes: list[str] = field(default_factory=list)  # whatever a user should know about these pictures, a thought each
+    notes: list[str] = field(default_factory=list)  # a sentence for whatever was changed, left out, or may surprise
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -145,13 +145,12 @@ def read_npz(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
     split. Whatever else is in the file is only named in `notes`."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            keys = ["test_images", "test_labels"]
-            if "train_images" in file.files or "train_labels" in file.files:
-                keys += ["train_images", "train_labels"]
             second = "test" if "test_images" in file.files else "val"
-            keys = {key: key.replace("test", second) for key in keys}
-            notes += [f"{key} of {path} is not used" for key in file.files if key not in keys.values()]
-            return {key: file[there] for key, there in keys.items()}
+            there = {"test_images": f"{second}_images", "test_labels": f"{second}_labels"}
+            if "train_images" in file.files or "train_labels" in file.files:
+                there |= {"train_images": "train_images", "train_labels": "train_labels"}
+            notes += [f"{key} of {path} is not used" for key in file.files if key not in there.values()]
+            return {key: file[there[key]] for key in there}
     except Exception as error:  # numpy raises anything, on a web page under this name, a broken zip, objects
         raise ValueError(f"{path} is not a whole .npz of plain arrays with MedMNIST's keys ({error})") from None
 
@@ -217,8 +216,8 @@ def fetch_tinyimagenet(data_dir: Path) -> Path:
     """Path of the official zip in data_dir, verified."""
     archive = data_dir / "tiny-imagenet-200.zip"
     if not archive.is_file():
-        fetch = partial(torch.hub.download_url_to_file, TINYIMAGENET_URL)
-        download(TINYIMAGENET_URL, archive, lambda folder: fetch(str(folder / archive.name)))
+        fetch = torch.hub.download_url_to_file
+        download(TINYIMAGENET_URL, archive, lambda folder: fetch(TINYIMAGENET_URL, str(folder / archive.name)))
     if compute_md5(archive) != TINYIMAGENET_MD5:  # or it broke off: torch.hub does not notice
         raise ValueError(f"{archive} is not the official file, or not whole (its md5 differs): delete it and run again")
     return archive
@@ -281,8 +280,8 @@ def read_picture(file: Path) -> Image.Image:
 
 
 def list_files(folder: Path, around: list[Path]) -> list[Path]:
-    """Every file in folder and its subfolders, in order. Linked folders are followed; a link to one of the folders
-    around it is listed itself."""
+    """Every file in folder and its subfolders, in order. Links are followed, but not back to a folder around them: such
+    a link is listed itself."""
     place = folder.resolve()
     if any(outer.is_relative_to(place) for outer in around):
         return [folder]
@@ -299,8 +298,6 @@ def list_pictures(split: Path, unused: dict[str, list[Path]]) -> list[tuple[Path
         parts = file.relative_to(split).parts
         if any(part.startswith((".", "@")) for part in parts):  # .ipynb_checkpoints, ._1.png, @eaDir
             unused["hidden"].append(file)
-        elif file.is_dir():
-            unused["a link to a folder around it"].append(file)
         elif file.suffix.lower() not in SUFFIXES:
             unused["no picture"].append(file)
         elif len(parts) == 1:
@@ -521,21 +518,32 @@ def check_config(path, config: dict, option: str) -> None:
         there = None
     if not isinstance(there, dict):
         raise ValueError(f"{path} is damaged: choose another {option}")
-    different = [key for key in there | config if there.get(key) != config.get(key)]
-    if different:
+    if different := [key for key in there | config if there.get(key) != config.get(key)]:
         text = "; ".join(f"{key}: {there.get(key)} there, {config.get(key)} now" for key in different)
         raise ValueError(f"{path.parent} holds other settings ({text}): choose another {option}")
 
 
-def save_pictures(path, tiles: torch.Tensor, headings=()) -> None:
-    """Pictures (rows, columns, C, H, W) in [0, 1] as one PNG of twice the size, white lines between them; above each
-    column its heading, if there are any. (By hand, because torchvision would double the time of every start.)"""
-    lined = F.pad(tiles.cpu(), (2, 0, 2, 0), value=1.0)
+def save_pictures(path, tiles: torch.Tensor, headings=(), captions=()) -> None:
+    """Pictures (rows, columns, C, H, W) in [0, 1] as one PNG of twice the size, white lines between them. If there are
+    any, a heading stands above each column and a caption (rows, columns) below each picture. (By hand, because
+    torchvision would double the time of every start.)"""
+    lined = F.pad(tiles.cpu(), (2, 0, 2, 6 if captions else 0), value=1.0)
     grid = lined.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (C, rows height, columns width)
     grid = F.pad(grid, (0, 2, 0, 2), value=1.0).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     picture = Image.fromarray((255 * grid).round().byte().permute(1, 2, 0).squeeze(2).numpy())
-    if headings:
-        picture = ImageOps.expand(picture, (0, 14, 0, 0), "white")
-        for k, heading in enumerate(headings):
-            ImageDraw.Draw(picture).text((2 * lined.shape[-1] * k + 4, 1), heading, "black")
+    above = 14 if headings else 0
+    picture = ImageOps.expand(picture, (0, above, 0, 0), "white")
+    draw, height, width = ImageDraw.Draw(picture), 2 * lined.shape[-2], 2 * lined.shape[-1]
+
+    def write(text: str, column: int, top: int) -> None:
+        size = 10 if draw.textlength(text) <= width - 4 else 8
+        while draw.textlength(text, font_size=size) > width - 4:
+            text = text[:-1]
+        draw.text((width * column + 4, top), text, "black", font_size=size)
+
+    for column, heading in enumerate(headings):
+        write(heading, column, 1)
+    for row, texts in enumerate(captions):
+        for column, text in enumerate(texts):
+            write(text, column, above + height * (row + 1) - 12)
     write_atomically(path, lambda temporary: picture.save(temporary, format="png"))

@@ -593,9 +593,8 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     dataset = data.load(folder)
     check(dataset, 6, 2, (1, 32, 32))
     assert dataset.train_labels.tolist() == [0, 0, 0, 0, 1, 1]
-    back = "train/cats/more/back, train/cats/self, train/cats/up"
-    assert f"3 not used, a link to a folder around it: {back}" in dataset.notes
-    assert "1 not used, no picture: train/cats/nowhere" in dataset.notes
+    links = ", ".join(f"train/cats/{name}" for name in ("more/back", "nowhere", "self", "up"))
+    assert f"4 not used, no picture: {links}" in dataset.notes
     shutil.rmtree(folder / "test")
     (folder / "test").symlink_to("train")  # all of it
     assert "6 of 6 test pictures are exactly among the training pictures" in data.load(folder).notes
@@ -830,6 +829,35 @@ def test_headings_stand_above_their_columns(tmp_path, channels):
     assert above == 14 and np.array_equal(grid[above:], plain)
     dark = grid[:above] < 128
     assert dark[:, :column].any() and not dark[:, column : 2 * column].any() and dark[:, 2 * column :].any()
+
+
+def find_text(grid: np.ndarray) -> tuple[int, int]:
+    """The first and the last column of pixels in which something is written."""
+    dark = np.flatnonzero((grid < 128).any(0))
+    return dark[0], dark[-1]
+
+
+@pytest.mark.parametrize("headings", [(), ["clean", "reconstruction", "reconstruction"]])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_captions_stand_below_their_pictures(tmp_path, channels, headings):
+    captions = [["7", "", "answer 2"], ["label 7", "automobile as airplane, which is too long", "7"]]
+    tiles = torch.ones(2, 3, channels, 32, 32)
+    data.save_pictures(tmp_path / "a.png", tiles, headings, captions)
+    grid = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    above, height, width = 14 * bool(headings), 2 * 32 + 4 + 12, 2 * 32 + 4
+    assert grid.shape == (above + 2 * height + 4, 3 * width + 4)
+    for row, texts in enumerate(captions):
+        strip = grid[above + height * (row + 1) - 12 : above + height * (row + 1) + 4]
+        picture = grid[above + height * row + 4 : above + height * (row + 1) - 12]
+        assert (picture == 255).all()  # nothing is written over it
+        for column, text in enumerate(texts):
+            below = strip[:, column * width : (column + 1) * width + 4]
+            assert (below < 128).any() == bool(text)
+            if text:
+                first, last = find_text(below)
+                assert 4 <= first <= 8 and last < width
+    if headings:
+        assert [find_text(grid[:14, k * width : (k + 1) * width + 4])[1] < width for k in range(3)] == [True] * 3
 
 
 def test_a_folder_holds_one_configuration(tmp_path):
