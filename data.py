@@ -358,8 +358,7 @@ def list_some(names: list) -> str:
 
 
 def choose_size(size: tuple[int, int], what, keep_size: bool) -> tuple[int, int]:
-    """32x32 or 64x64, whichever is nearer; the size itself, if it is to be kept. Raises ValueError where resizing would
-    leave nothing of the picture."""
+    """32x32 or 64x64, whichever is nearer, or the size itself. Raises ValueError where resizing would leave nothing."""
     if keep_size:
         return size
     if min(size) < 8 or max(size) > 2 * min(size):
@@ -533,17 +532,15 @@ def save_pictures(path, tiles: torch.Tensor, headings=(), captions=()) -> None:
     picture = Image.fromarray((255 * grid).round().byte().permute(1, 2, 0).squeeze(2).numpy())
     above = 14 if headings else 0
     picture = ImageOps.expand(picture, (0, above, 0, 0), "white")
-    draw, height, width = ImageDraw.Draw(picture), 2 * lined.shape[-2], 2 * lined.shape[-1]
 
-    def write(text: str, column: int, top: int) -> None:
+    draw = ImageDraw.Draw(picture)
+    height, width = 2 * lined.shape[-2], 2 * lined.shape[-1]
+    texts = [(heading, column, 1) for column, heading in enumerate(headings)]
+    for row, line in enumerate(captions):
+        texts += [(caption, column, above + height * (row + 1) - 12) for column, caption in enumerate(line)]
+    for text, column, top in texts:
         size = 10 if draw.textlength(text) <= width - 4 else 8
         while draw.textlength(text, font_size=size) > width - 4:
             text = text[:-1]
         draw.text((width * column + 4, top), text, "black", font_size=size)
-
-    for column, heading in enumerate(headings):
-        write(heading, column, 1)
-    for row, texts in enumerate(captions):
-        for column, text in enumerate(texts):
-            write(text, column, above + height * (row + 1) - 12)
     write_atomically(path, lambda temporary: picture.save(temporary, format="png"))
