@@ -342,7 +342,8 @@ def read_folder(folder: Path, notes: list[str], keep_size: bool = False) -> dict
     unused["a class without pictures"] += [path for path in folders if path.name not in classes]
     for reason, files in unused.items():
         if files:
-            notes.append(f"{len(files)} not used, {reason}: {list_some([file.relative_to(folder) for file in files])}")
+            names = list_some([file.relative_to(folder) for file in files])
+            notes.append(f"not used, {reason}: {len(files)} ({names})")
 
     images = read_pictures([file for file, _ in train + test], notes, keep_size)
     labels, n = np.array([label for _, label in train + test]), len(train)
@@ -453,7 +454,7 @@ def make_dataset(name: str, arrays: dict, classes: list[str] | None, notes: list
 
     known = {hash(picture.tobytes()) for picture in train_images.numpy()}
     if shared := sum(hash(picture.tobytes()) in known for picture in test_images.numpy()):
-        notes.append(f"{shared} of {len(test_images)} test pictures are exactly among the training pictures")
+        notes.append(f"test pictures that are exactly among the training pictures: {shared} of {len(test_images)}")
     by_number = sorted(classes, key=lambda name: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name))
     if sorted(classes) == list(classes) != by_number:
         notes.append(f"the classes are in the order of text, not of numbers: {', '.join(classes)}")

@@ -286,10 +286,10 @@ def test_a_range_that_is_none_of_eight_bits_is_named(tmp_path, kind, high, noted
 def test_test_pictures_that_were_trained_on_are_counted(tmp_path):
     images = arrays(side=28, n=20)["train_images"]
     path = save(tmp_path / "a.npz", train_images=images[:12], test_images=np.stack([*images[3:5], *images[14:18]]))
-    assert "2 of 6 test pictures are exactly among the training pictures" in data.load(path).notes
+    assert "test pictures that are exactly among the training pictures: 2 of 6" in data.load(path).notes
     images[3:5, 5, 5, 2] ^= 1  # one pixel of one colour, by 1
     path = save(tmp_path / "b.npz", train_images=images[:12], test_images=arrays(side=28, n=20)["train_images"][3:9])
-    assert "4 of 6 test pictures are exactly among the training pictures" in data.load(path, keep_size=True).notes
+    assert "test pictures that are exactly among the training pictures: 4 of 6" in data.load(path, keep_size=True).notes
 
 
 def test_what_else_is_in_a_file_is_named(tmp_path):
@@ -578,10 +578,10 @@ def test_a_folder_as_people_have_it(tmp_path):
     assert dataset.train_images[:, 0, 0, 0].tolist() == [0, 1, 50, 100, 101, 50]
     hidden = ".git/0.png", "cats/._0.png", "cats/.ipynb_checkpoints/0.png", "cats/@eaDir/0.png"
     assert dataset.notes[:5] == [
-        "4 not used, hidden: " + ", ".join(f"train/{name}" for name in hidden),
-        "1 not used, in no class folder: train/0.png",
-        "3 not used, no picture: train/Thumbs.db, train/dogs/notes.txt, train/eels/0.HEIC",
-        "2 not used, a class without pictures: train/eels, train/emus",
+        "not used, hidden: 4 (" + ", ".join(f"train/{name}" for name in hidden) + ")",
+        "not used, in no class folder: 1 (train/0.png)",
+        "not used, no picture: 3 (train/Thumbs.db, train/dogs/notes.txt, train/eels/0.HEIC)",
+        "not used, a class without pictures: 2 (train/eels, train/emus)",
         "every picture is used at 32x32",
     ]
     Image.new("RGB", (64, 64), (10, 20, 30)).save(tmp_path / "val" / "cats" / "00.png")
@@ -607,7 +607,7 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     check(dataset, 6, 2, (1, 32, 32))
     assert dataset.train_labels.tolist() == [0, 0, 0, 0, 1, 1]
     links = ", ".join(f"train/cats/{name}" for name in ("more/back", "nowhere", "self", "top", "up"))
-    assert f"5 not used, no picture: {links}" in dataset.notes
+    assert f"not used, no picture: 5 ({links})" in dataset.notes
     shutil.move(folder / "train", tmp_path / "train")
     (folder / "train").symlink_to(tmp_path / "train")
     (tmp_path / "train" / "dogs" / "up").symlink_to(folder)
@@ -615,23 +615,23 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     assert torch.equal(again.train_images, dataset.train_images)
     shutil.rmtree(folder / "test")
     (folder / "test").symlink_to("train")  # all of it
-    assert "6 of 6 test pictures are exactly among the training pictures" in data.load(folder).notes
+    assert "test pictures that are exactly among the training pictures: 6 of 6" in data.load(folder).notes
 
 
 def test_a_split_that_is_not_used_is_named(tmp_path, tiny):
     folder = make_folder(tmp_path / "a", splits=("train", "test", "val"))
     names = ", ".join(f"val/{name}" for name in ("cats/00.png", "cats/01.png", "dogs/00.png", "dogs/01.png"))
-    assert f"4 not used, the test pictures are others: {names}" in data.load(folder).notes
+    assert f"not used, the test pictures are others: 4 ({names})" in data.load(folder).notes
     shutil.rmtree(folder / "test" / "cats")
     shutil.move(folder / "test" / "dogs", folder / "test" / "Dogs")  # no class at all
     notes = data.load(folder).notes
-    assert "2 not used, the test pictures are others: test/Dogs/00.png, test/Dogs/01.png" in notes
+    assert "not used, the test pictures are others: 2 (test/Dogs/00.png, test/Dogs/01.png)" in notes
     with zipfile.ZipFile(tiny) as file:
         file.extractall(tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "tiny-imagenet-200" / "val" / "images" / "val_2.JPEG")
     notes = data.load(tmp_path / "tiny-imagenet-200").notes
     unused = "test/images/test_0.JPEG, val/images/val_2.JPEG"
-    assert f"2 not used, the test pictures are others: {unused}" in notes
+    assert f"not used, the test pictures are others: 2 ({unused})" in notes
 
 
 def test_a_folder_keeps_its_pictures_size_if_all_are_alike(tmp_path):
