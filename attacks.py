@@ -40,15 +40,22 @@ def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
-def dlr(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Difference of logits ratio (Croce and Hein 2020), invariant to the scale and shift of the logits: positive where
-    the picture is misclassified. (B, K), (B,) -> (B,). With K = 2 there is no third logit to scale by, with K = 3 the
-    ratio is the constant 1 wherever the true class comes last: there the plain difference."""
-    ordered = logits.sort(dim=1).values
+def margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """How far the largest other logit lies above the true one: positive where the picture is misclassified.
+    (B, K), (B,) -> (B,)"""
     own = logits.gather(1, y[:, None]).squeeze(1)
-    best_other = torch.where(logits.argmax(dim=1) == y, ordered[:, -2], ordered[:, -1])
-    scale = ordered[:, -1] - ordered[:, -3] + 1e-12 if logits.shape[1] > 3 else 1.0
-    return (best_other - own) / scale
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.amax(1) - own
+
+
+def dlr(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Difference of logits ratio (Croce and Hein 2020): the margin, invariant to the scale and shift of the logits.
+    (B, K), (B,) -> (B,). With K = 2 there is no third logit to scale by, with K = 3 the ratio is the constant 1
+    wherever the true class comes last: there it is the plain margin."""
+    if logits.shape[1] <= 3:
+        return margin(logits, y)
+    ordered = logits.sort(dim=1).values
+    return margin(logits, y) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
 LOSSES = {"ce": cross_entropy, "dlr": dlr}
@@ -138,6 +145,37 @@ def check_pictures(x: torch.Tensor, eps: float) -> None:
             f"pictures must have their pixels in [0, 1]; these lie in [{x.min():.3g}, {x.max():.3g}]. Normalisation "
             "belongs inside the model"
         )
+
+
+# ------------------------------------------------------------------------------------ is a gradient the derivative?
+
+
+def measure_slope_error(f, start: torch.Tensor, end: torch.Tensor, y: torch.Tensor, points: int = 8) -> torch.Tensor:
+    """How much of a model's change from picture to picture its gradients do not explain, (B,).
+
+    Where the margin m has no slope but its gradient g, the fundamental theorem of calculus holds on every way:
+
+        m(end) - m(start)  =  integral of g(x) . dx  ~  sum_k g(x_k) . dx,     x_k: midpoints of `points` equal steps dx.
+
+    A gradient that is detached, flipped, or made up misses that sum. So does one that is right almost everywhere,
+    where the slope hides in jumps (rounded pixels, votes, a forward pass that optimises in signed steps). Networks of
+    kinks do not: a ReLU's slope is all there.
+
+    Args:
+        f: pictures -> logits (B, K), its noise held fixed: the same picture always gets the same answer.
+        start, end: pictures (B, C, H, W) at the ends of a straight line each. y: their labels (B,).
+    Returns: |change - sum| relative to the length of the way, max(sum of |g . dx|, |change|); 0 where nothing changes;
+        NaN where an output or a gradient is not finite.
+    """
+    step = (end - start) / points
+    summed, length = 0.0, 0.0
+    for k in range(points):
+        _, gradient = objective(f, y, margin)(start + (k + 0.5) * step)
+        part = (gradient * step).flatten(1).sum(1)
+        summed, length = summed + part, length + part.abs()
+    with torch.no_grad():
+        change = margin(f(end), y) - margin(f(start), y)
+    return (change - summed).abs() / torch.maximum(length, change.abs()).clamp(min=1e-30)
 
 
 # ------------------------------------------------------------------------------- the adversarially-balanced batch

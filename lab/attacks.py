@@ -1,8 +1,8 @@
-"""More attacks for evaluate.ATTACKS: our Auto-PGD through several outputs, transfer, fixed noise, a black box.
+"""More rows for evaluate.py's tables: our Auto-PGD through several outputs, transfer, fixed noise, a black box; more
+decisions, with the outputs through which they are attacked.
 
 With the paper's attacks they are the union that `python -m lab.evaluate --attack all` runs: the worst of each picture
-counts. Each run: (seen, x, y, eps, budget) -> candidates (N, B, C, H, W) in the ball and in [0, 1]; see
-evaluate.Attack.
+counts. Each run: (seen, x, y, settings) -> candidates (N, B, C, H, W) in the ball and in [0, 1]; see evaluate.Attack.
 
 Shapes: B pictures, N candidates, S members, K classes.
 """
@@ -12,8 +12,39 @@ from functools import partial
 import torch
 from torch import nn
 
+import aggregate
 from attacks import LOSSES, project, random_point
-from evaluate import ATTACKS, VIEWS, Attack, Seen, climb
+from evaluate import AGGREGATIONS, ATTACKS, VIEWS, Attack, Seen, climb
+
+# ---------------------------------------------------------------------------------------------- decisions and views
+
+
+def sum_of_exponentials(logits: torch.Tensor) -> torch.Tensor:
+    """sum_s exp(l), up to a factor for each picture (DLR does not see it) that keeps it finite."""
+    return (logits - logits.amax(dim=(1, 2), keepdim=True)).exp().sum(dim=1)
+
+
+VIEWS |= {
+    "logsumexp": aggregate.robust_logits,
+    "sum-exp": sum_of_exponentials,
+    "mean-logit": aggregate.mean_logits,
+    "mean-probability": aggregate.mean_probabilities,
+}
+AGGREGATIONS |= {
+    "majority": aggregate.majority_vote,
+    "mean-sigmoids": aggregate.mean_sigmoids,
+    "floored-ratios": aggregate.floored_ratios,
+}
+# Decisions without gradients are attacked through an output that has some.
+VIEW_OF_DECISION = {"majority": "mean-probability", "floored-ratios": "mean-logit"}
+
+
+def look_through(seen: Seen, view=None, model: nn.Module | None = None, samples: int | None = None) -> Seen:
+    """The same model behind another view, or another model or S; with the same counters."""
+    other = Seen(model or seen.model, view or seen.view, samples or seen.samples, seen.limit)
+    other.count = seen.count
+    return other
+
 
 # ------------------------------------------------------------------------------------------------------------ APGD
 
@@ -64,13 +95,18 @@ def apgd(objective, x: torch.Tensor, eps: float, steps: int, start: torch.Tensor
 # --------------------------------------------------------------------------------------------------------- the runs
 
 
-def apgd_through(view: str | None, loss: str, seen: Seen, x, y, eps, budget):
+def attack_by_apgd(climbed, x: torch.Tensor, settings: dict) -> torch.Tensor:
+    """Our APGD from a random start, (B, C, H, W). climbed: pictures -> losses (B,), gradient."""
+    return apgd(climbed, x, settings["eps"], settings["steps"], random_point(x, settings["eps"]))[0]
+
+
+def apgd_through(view: str | None, loss: str, seen: Seen, x, y, settings):
     """Our APGD on one loss, through one view (None: the chosen one), averaged over draws."""
-    seen = seen.through(VIEWS.get(view))
-    return apgd(climb(seen, y, loss, budget["eot"]), x, eps, budget["steps"], random_point(x, eps))[0][None]
+    seen = look_through(seen, VIEWS.get(view))
+    return attack_by_apgd(climb(seen, y, loss, settings["eot"]), x, settings)[None]
 
 
-def apgd_targeted(seen: Seen, x, y, eps, budget):
+def apgd_targeted(seen: Seen, x, y, settings):
     """Our APGD towards the likeliest wrong classes, one after the other."""
     with torch.no_grad():
         logits = seen(x)
@@ -83,40 +119,39 @@ def apgd_targeted(seen: Seen, x, y, eps, budget):
 
     likeliest = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
     found = []
-    for number in range(min(budget["targets"], classes - 1)):
-        climbed = climb(seen, y + classes * likeliest[:, number], margin, budget["eot"])
-        found.append(apgd(climbed, x, eps, budget["steps"], random_point(x, eps))[0])
+    for number in range(min(settings["targets"], classes - 1)):
+        climbed = climb(seen, y + classes * likeliest[:, number], margin, settings["eot"])
+        found.append(attack_by_apgd(climbed, x, settings))
     return torch.stack(found)
 
 
-def fixed_noise(seen: Seen, x, y, eps, budget):
+def fixed_noise(seen: Seen, x, y, settings):
     """The same latent draws at every step: a deterministic model, attacked by APGD without EoT."""
-    climbed = climb(seen, y, "ce", 1, seen.draw(x, 1))
-    return apgd(climbed, x, eps, budget["steps"], random_point(x, eps))[0][None]
+    return attack_by_apgd(climb(seen, y, "ce", 1, seen.draw(x, 1)), x, settings)[None]
 
 
-def transfer(seen: Seen, x, y, eps, budget):
+def transfer(seen: Seen, x, y, settings):
     """Adversarial pictures of the bare classifier, and of the one that labels, where that is another."""
     sources = dict.fromkeys([seen.model.classifier, getattr(seen.model, "labeller", seen.model.classifier)])
     found = []
     for source in sources:
         for loss in LOSSES:
-            climbed = climb(seen.through(model=source), y, loss)
-            found.append(apgd(climbed, x, eps, budget["steps"], random_point(x, eps))[0])
+            climbed = climb(look_through(seen, model=source), y, loss)
+            found.append(attack_by_apgd(climbed, x, settings))
     return torch.stack(found)
 
 
-def square(seen: Seen, x, y, eps, budget):
+def square(seen: Seen, x, y, settings):
     """AutoAttack's Square, black box, on the answer averaged over EoT draws: S x EoT members a query, or, of a model
     without members, the mean of its logits."""
     from pyautoattack.square import SquareAttack
 
-    more = seen.through(samples=seen.samples * budget["eot"])
-    averaged = more if seen.has_members else lambda x: seen.answer(x, budget["eot"], None).mean(1)
-    settings = dict(n_queries=budget["queries"], eps=eps, norm="Linf", device=x.device, verbose=False)
+    more = look_through(seen, samples=seen.samples * settings["eot"])
+    averaged = more if seen.has_members else lambda x: seen.answer(x, settings["eot"]).mean(1)
+    how = dict(n_queries=settings["queries"], eps=settings["eps"], norm="Linf", device=x.device, verbose=False)
     with torch.no_grad():  # it would keep the graph of every query
-        found = SquareAttack(averaged, seed=torch.initial_seed() % 2**31, **settings).perturb(x, y)
-    return project(found, x, eps)[None]
+        found = SquareAttack(averaged, seed=torch.initial_seed() % 2**31, **how).perturb(x, y)
+    return project(found, x, settings["eps"])[None]
 
 
 # In the order in which they run: those that follow gradients come first, so that it shows what the others take beyond
@@ -124,21 +159,24 @@ def square(seen: Seen, x, y, eps, budget):
 ROWS = {
     "apgd-ce": Attack(partial(apgd_through, None, "ce")),
     "apgd-dlr": Attack(partial(apgd_through, None, "dlr")),
-    "apgd-sum-exp": Attack(partial(apgd_through, "sum-exp", "dlr"), needs="member_logits"),
-    "apgd-mean-logit": Attack(partial(apgd_through, "mean-logit", "ce"), needs="member_logits"),
+    "apgd-sum-exp": Attack(partial(apgd_through, "sum-exp", "dlr")),
+    "apgd-mean-logit": Attack(partial(apgd_through, "mean-logit", "ce")),
     "apgd-t": Attack(apgd_targeted),
-    "fixed-noise": Attack(fixed_noise, white_box=False, eot=False, needs="member_logits"),
-    "transfer": Attack(transfer, white_box=False, eot=False, needs="classifier"),
-    "square": Attack(square, white_box=False),
+    "fixed-noise": Attack(fixed_noise, eot=False),
+    "transfer": Attack(transfer, eot=False),
+    "square": Attack(square, steps="queries"),
 }
 GROUPS = {
     "apgd": [name for name in ROWS if name.startswith("apgd")],
     "paper": ["pgd-eot", "rand", "standard"],
     "all": ["pgd-eot", "rand", *ROWS, "standard"],
 }
-# Last comes standard: on a model without a bare classifier it follows gradients and has a black box, too.
-ALL = {name: attack for name, attack in ATTACKS.items() if name != "standard"} | ROWS
-ALL["standard"] = ATTACKS["standard"]
+FOR_CARSO = ("apgd-sum-exp", "apgd-mean-logit", "fixed-noise", "transfer")  # they need members, or a bare classifier
+# They should be weaker than attacks that follow gradients through the model itself. Standard is both, and counts as
+# neither; it comes last, since it leaves nothing to the black box.
+WEAKER = ("noise", "fixed-noise", "transfer", "square")
+ATTACKS |= ROWS
+ATTACKS["standard"] = ATTACKS.pop("standard")
 
 
 # --------------------------------------------------------------------------------------------------------- controls

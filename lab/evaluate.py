@@ -3,17 +3,19 @@
     python -m lab.evaluate --ckpt runs/digits/carso.pt --attack all                 # the worst of everything we know
     python -m lab.evaluate --ckpt runs/digits/carso.pt --control classifier         # a part of the defence alone
     python -m lab.evaluate --ckpt runs/digits/carso.pt --sweep eps                  # also steps, eot, samples: a curve
+    python -m lab.evaluate --ckpt runs/digits/carso.pt --final FILE                 # another classifier labels
     python -m lab.evaluate --model mine.py:build --dataset cifar10 --eps 8/255 --attack all
 
 FILE.py:NAME is an nn.Module or a function that returns one: pixels in [0, 1], (B, C, H, W), to logits (B, K). It is
 left in the mode in which it was built, and taken as random unless --deterministic says otherwise.
 """
 
+import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +23,12 @@ import torch
 from torch import nn
 
 import data as datasets
-from attacks import format_eps
-from evaluate import (
-    Evaluation,
-    Seen,
-    build_parser,
-    evaluate_losses,
-    load_model,
-    prepare,
-    reseed,
-    run,
-    run_chunks,
-    write_report,
-)
-from lab.attacks import ALL, CONTROLS, GROUPS
-from models import run_script, start_device
+import evaluate
+from attacks import format_eps, margin, objective, random_point
+from evaluate import ONE_DRAW, Evaluation, Seen, bootstrap_means, hold_noise
+from lab.attacks import CONTROLS, FOR_CARSO, GROUPS, VIEW_OF_DECISION, WEAKER
+from lab.end_to_end import load_end_to_end
+from models import load_classifier, run_script, start_device
 
 # ------------------------------------------------------------------------------------------------- models of others
 
@@ -49,7 +42,9 @@ class Foreign(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.states = model, None
+        self.model, self.states, self.refuses_gradients = model, None, False
+        floating = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        self.dtype = floating[0] if floating else torch.float32
         self.manual_seed(0)
 
     def manual_seed(self, seed: int) -> None:
@@ -71,18 +66,14 @@ class Foreign(nn.Module):
             set_random_states(outside)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A pixel of exactly 0 or 1 has no gradient behind a clamp, and would stick there: a hair inside has one."""
-        inside = x * (1 - 2e-6) + 1e-6
+        pictures, is_attacked = x, x.requires_grad and torch.is_grad_enabled()
+        if is_attacked:  # a pixel of exactly 0 or 1 has no gradient behind a clamp: a hair inside has one
+            pictures = x * (1 - 2e-6) + 1e-6
+        if self.refuses_gradients:
+            pictures = pictures.detach()
         with self.own_random_numbers():
-            try:
-                logits = self.model(inside)
-            except Exception:  # numpy inside, say, or an assertion that no gradient is wanted
-                if not x.requires_grad:
-                    raise
-                logits = self.model(inside.detach())
-        if x.requires_grad and not logits.requires_grad:
-            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
-        return logits
+            logits = self.model(pictures.to(self.dtype))
+        return logits + 0 * x.flatten(1).sum(1, keepdim=True) if is_attacked else logits
 
 
 def get_random_states() -> list:
@@ -99,68 +90,170 @@ def set_random_states(states: list) -> None:
 
 
 def load_foreign(text: str) -> nn.Module:
-    """The model of that name in that file, or what the function of that name returns. A CARSO stays one. Modules beside
-    the file come before ours of the same name. Raises ValueError; faults of the file end in their own traceback."""
+    """The model of that name in that file, or what the function of that name returns. A CARSO stays one. Raises
+    ValueError; faults of the file end in their own traceback."""
     file, _, name = text.rpartition(":")
-    path = Path(file)
-    if path.suffix != ".py" or not path.is_file():
+    path = Path(file).expanduser().resolve()
+    if not path.is_file() or not name.isidentifier():
         raise ValueError(f"--model {text} is not FILE.py:NAME, or there is no such file")
     torch.manual_seed(0)
-    others = path.resolve().parent.iterdir()
-    beside = {other.stem for other in others if other.suffix == ".py" or (other / "__init__.py").is_file()}
-    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in beside}
-    sys.path.insert(0, str(path.resolve().parent))  # and stays: a forward may import, too
     spec = importlib.util.spec_from_file_location(f"model of {path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up for their types
-    spec.loader.exec_module(module)
-    model = getattr(module, name, None)
-    model = model if isinstance(model, nn.Module) or not callable(model) else model()
-    sys.modules.update(ours)
+    with ours_hidden_behind([path.parent, path.parent.parent]):
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            if "no known parent package" in str(error):
+                raise ValueError(f"--model {text}: {path.name} is no part of a package here: write `from layers "
+                                 "import` instead of `from .layers import`") from None  # fmt: skip
+            raise
+        model = getattr(module, name, None)
+        model = model if isinstance(model, nn.Module) or not callable(model) else model()
+    torch.set_default_dtype(torch.float32)  # the file may have set another
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {text}: {name} is no nn.Module, nor a function that returns one")
-    return model if hasattr(model, "member_logits") and hasattr(model, "purifier") else Foreign(model)
+    is_carso = hasattr(model, "member_logits") and hasattr(model, "purifier")
+    return model.requires_grad_(False) if is_carso else Foreign(model)
 
 
-@torch.no_grad()
-def inspect_model(model: nn.Module, images: torch.Tensor, classes: int, name: str) -> list[str]:
-    """Faults of a model that an audit of gradients does not see, from pictures (n, C, H, W) uint8. Raises ValueError
-    unless it returns one logit a class, and the same under the same seed."""
+@contextlib.contextmanager
+def ours_hidden_behind(folders: list[Path]):
+    """Inside, modules in these folders are imported instead of ours of the same names."""
+    ours = {}
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        for place in (folder / top for folder in folders):
+            file = next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), place)
+            is_there = file.is_file() or (place.is_dir() and any(place.glob("*.py")))
+            if is_there and not str(getattr(sys.modules.get(top), "__file__", "")).startswith(str(place)):
+                ours[name] = module
+    for name in ours:
+        del sys.modules[name]
+    sys.path[:0] = map(str, folders)  # and stays: a forward may import, too
+    try:
+        yield
+    finally:
+        sys.modules.update(ours)
+
+
+# ------------------------------------------------------------------------------ what an audit of gradients does not see
+
+
+def inspect_model(model: nn.Module, images: torch.Tensor, classes: int, name: str, is_deterministic: bool) -> list[str]:
+    """Faults of a model, from pictures (n, C, H, W) uint8. Raises ValueError unless it returns one logit a class, and
+    the same under the same seed."""
     x = datasets.pixels(images)
-    reseed(0, model)
-    logits = model(x)
-    reseed(0, model)
-    again = model(x)
-    if not isinstance(logits, torch.Tensor) or logits.shape != (len(x), classes) or not logits.is_floating_point():
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(
-            f"--model {name} returns {found} for {tuple(x.shape)}; logits ({len(x)}, {classes}) are wanted"
-        )
+    with torch.no_grad():
+        logits, again = (hold_noise(Seen(model), x, seed=0)(x) for _ in range(2))
     size = float(logits.nan_to_num(0, 0, 0).abs().max())
     if not torch.allclose(logits, again, rtol=0.01, atol=0.01 * size, equal_nan=True):
         raise ValueError(f"--model {name} answers otherwise under the same seed, so that no gradient can be checked: "
                          "give it a method manual_seed(seed) for random numbers of its own")  # fmt: skip
     faults = []
-    if all(torch.equal(logits, model(x)) for _ in range(5)):  # not random: each answer is that of the picture alone
-        alone = torch.cat([model(picture[None]) for picture in x])
-        if (alone.argmax(1) != logits.argmax(1)).any() or (alone - logits).abs().max() > 0.1 * logits.abs().max():
-            faults.append("the answer to a picture depends on the others in the batch (BatchNorm without running "
-                          "statistics?): what one picture alone would get is not measured")  # fmt: skip
+    with torch.no_grad():
+        answers = [model(x) for _ in range(5)]
+        is_random = not all(torch.equal(answer, answers[0]) for answer in answers)
+        if is_random and is_deterministic:
+            raise ValueError(f"--model {name} does not answer the same twice: it is not deterministic")
+        if not is_random:  # each answer is that of the picture alone, or should be
+            alone = torch.cat([model(picture[None]) for picture in x[:8]])
+            together = model(x[:8])
+            if (alone.argmax(1) != together.argmax(1)).any() or (alone - together).abs().max() > 0.1 * size:
+                faults.append("the answer to a picture depends on the others in the batch: is BatchNorm in training "
+                              "mode, or without running statistics?")  # fmt: skip
     return faults
 
 
-def check_answers(folder: Path, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Keep a model's logits and gradients on fixed pictures in the folder, or compare them with those that are there:
-    its code may have changed, which no hash of its weights shows. Raises ValueError where they differ."""
-    path = folder / "answers.npz"
-    logits, _, gradients = evaluate_losses(Seen(model), datasets.pixels(images), labels, None, seed=0)
-    here = {name: tensor.cpu().numpy() for name, tensor in {"logits": logits, **gradients}.items()}
-    if not path.is_file():
-        datasets.write_npz(path, **here)
-    there = datasets.load_npz(path)
-    for name in here:
-        old, new = (np.nan_to_num(arrays[name], posinf=0, neginf=0) for arrays in (there, here))
+def check_output(model: nn.Module, images: torch.Tensor, classes: int, name: str) -> list[str]:
+    """Notes on a foreign model's answers to a few pictures, (n, C, H, W) uint8. Raises ValueError unless they are
+    logits (n, classes). Sets whether the model refuses pictures that ask for a gradient."""
+    x = datasets.pixels(images)
+    try:
+        with torch.no_grad():
+            logits = model(x)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise ValueError(f"--model {name} takes gradients in its forward pass ({error}): have it enable them, by "
+                         "torch.enable_grad()") from None  # fmt: skip
+    if not isinstance(logits, torch.Tensor) or logits.shape != (len(x), classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(
+            f"--model {name} returns {found} for {tuple(x.shape)}; logits ({len(x)}, {classes}) are wanted"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"--model {name} returns {logits.dtype}: votes or classes; floating-point logits are wanted")
+    try:
+        asking = model(x.requires_grad_()).detach()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # numpy inside, say, or an assertion that no gradient is wanted
+        model.refuses_gradients = True
+        return [f"the model refuses a picture that asks for a gradient ({str(error).splitlines()[0]:.80})"]
+    model.manual_seed(0)
+    plain, _ = hold_noise(Seen(model), x, 0)(x.detach()).max(1)
+    inside, _ = hold_noise(Seen(model), x, 0)(x).max(1)
+    if asking.isfinite().all() and (plain - inside).abs().max() > 0.01 * plain.abs().max():
+        return ["the answers change when a pixel of exactly 0 or 1 moves by a millionth: attacks see the moved one"]
+    return []
+
+
+def collect_answers(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
+    """A model's logits and its margin's gradients, on pictures (n, C, H, W) in [0, 1] with labels (n,)."""
+    f = hold_noise(Seen(model), pictures, seed=0)
+    with torch.no_grad():
+        logits = f(pictures)
+    _, gradients = objective(f, labels, margin)(pictures)
+    found = {"pictures": pictures, "labels": labels, "logits": logits, "gradients": gradients}
+    return {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
+
+
+def check_answers(path: Path, model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError where a model answers otherwise than the one whose answers are kept at path, or has other
+    gradients: its code may have changed, which no hash of its weights shows."""
+    kept = datasets.load_npz(path)
+    pictures, labels = (torch.from_numpy(kept[name]).to(device) for name in ("pictures", "labels"))
+    here = collect_answers(model, pictures, labels)
+    for name in ("logits", "gradients"):
+        old, new = (np.nan_to_num(arrays[name], posinf=0, neginf=0) for arrays in (kept, here))
         if np.linalg.norm(new - old) > 0.05 * np.linalg.norm(old):  # other hardware differs by less
-            raise ValueError(f"{folder} holds the work of a model that answers otherwise: choose another --out")
+            raise ValueError(f"{path.parent} holds the work of a model that answers otherwise: choose another --out")
+
+
+def keep_answers(path: Path, e: Evaluation) -> None:
+    """Keep the model's answers at path: to clean pictures, to noise of the radius, and to adversarial pictures, where
+    there are some: a model may answer alike on clean pictures alone."""
+    x, y = datasets.pixels(e.images[:8].to(e.device)), e.labels[:8].to(e.device)
+    torch.manual_seed(0)
+    pictures = [x, random_point(x, e.settings["eps"])]
+    worst = e.find_path("worst", 0)
+    if worst.is_file():
+        pictures.append(torch.from_numpy(datasets.load_npz(worst)["adversarial"][:8]).to(e.device))
+    datasets.write_npz(path, **collect_answers(e.model, torch.cat(pictures), torch.cat([y] * len(pictures))))
+
+
+def find_masking(e: Evaluation, table: dict[str, dict]) -> list[str]:
+    """Sentences on attacks that should be weaker than those that follow gradients (Athalye et al. 2018, Carlini et al.
+    2019), and are significantly stronger: by more than a point, paired by picture, 95 %. A picture that one side took
+    before the other had its turn speaks for neither."""
+    followers = [table[name] for name in e.attacks if name not in (*WEAKER, "clean", "standard")]
+    if not followers:
+        return []
+    attacked = np.stack([a["attacked"] for a in followers])
+    best = np.where(attacked, [a["select"] for a in followers], np.inf).argmin(0)
+    right = np.stack([a["right"].mean(1) for a in followers])[best, np.arange(len(best))]
+    found = []
+    for name in (name for name in e.attacks if name in WEAKER):
+        both = table[name]["attacked"] & attacked.any(0)
+        stronger = np.where(both, right - table[name]["right"].mean(1), 0.0)
+        if np.quantile(bootstrap_means(stronger), 0.025) > 0.01:
+            found.append(f"{name} takes {100 * stronger.mean():.1f} points more than attacks that follow gradients do")
+    return found
+
+
+def judge(faults: list[str], e: Evaluation, table: dict[str, dict]) -> list[str]:
+    """Instead of evaluate.find_faults: what was seen before any attack comes first, signs of masking last."""
+    return faults + evaluate.find_faults(e, table) + find_masking(e, table)
 
 
 # ------------------------------------------------------------------------------------------------------------ sweeps
@@ -188,68 +281,123 @@ def find_signs(what: str, values: list[float], attacked: list[float], noise: lis
     return found
 
 
-def run_sweep(e: Evaluation, what: str) -> int:
-    """sweep-WHAT.tsv and .png: accuracy under our APGD on cross-entropy, and under noise, at every value. The exit
-    status: 0, or 3 for a failed audit or signs of masked gradients."""
+def run_sweep(what: str, attack: str, build, settings: dict, folder: Path, about: dict, numbers, judge) -> int:
+    """sweep-WHAT.tsv and .png: accuracy under one attack, and under noise, at every value. The exit status: 0, or 3 for
+    a failed audit or signs of masked gradients. build(settings, folder) -> the evaluations."""
     from lab.plot import plot_sweep
 
     rows, failed = [], False
     for value in SWEEPS[what]:
         text = format_eps(value).replace("/", "_") if what == "eps" else str(value)
-        point = dataclasses.replace(e, config=e.config | {what: value}, folder=e.folder / f"sweep-{what}" / text)
-        if not run_chunks(point, lambda _: None):
+        e = build(settings | {what: value}, folder / f"sweep-{what}" / text)[-1]
+        if not evaluate.run_chunks([e]):
             continue  # other processes are at work
-        report = write_report(point)
-        parts = report["clean"], report["noise"], report["attacks"]["apgd-ce"]
+        report = evaluate.write_report([e], about, numbers, judge)
+        parts = report["clean"], report["noise"], report["attacks"][attack]
         rows.append([value, *(part["accuracy"] for part in parts)])
         failed |= not report["audit"]["passed"]
         print("{} {:g}: clean {:.1%}, noise {:.1%}, attacked {:.1%}".format(what, *rows[-1]), flush=True)
     if len(rows) < len(SWEEPS[what]):
         return 0
-    lines = ["\t".join([what, "clean", "noise", "apgd-ce", "n"])]
-    lines += ["\t".join([f"{row[0]:.6g}", *(f"{v:.4f}" for v in row[1:]), str(len(e.labels))]) for row in rows]
-    datasets.write_text(e.folder / f"sweep-{what}.tsv", "\n".join(lines) + "\n")
+    lines = ["\t".join([what, "clean", "noise", attack, "n"])]
+    lines += ["\t".join([f"{row[0]:.6g}", *(f"{v:.4f}" for v in row[1:]), str(report["n"])]) for row in rows]
+    datasets.write_text(folder / f"sweep-{what}.tsv", "\n".join(lines) + "\n")
     values, _, noise, attacked = zip(*rows)
     signs = find_signs(what, values, attacked, noise)
     print("\n".join(signs or ["no sign of masked gradients"]))
-    plot_sweep(e.folder, what)
-    print(f"the curve is {e.folder}/sweep-{what}.png")
+    plot_sweep(folder, what)
+    print(f"the curve is {folder}/sweep-{what}.png")
     return 3 if failed or signs else 0
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def main(argv=None) -> int:
-    parser = build_parser(ALL, GROUPS, __doc__)
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = evaluate.build_parser(__doc__, GROUPS)
     add = parser.add_argument
     add("--model", metavar="FILE.py:NAME", help="a model of yours; with --dataset and --eps")
     add("--deterministic", action="store_true", help="--model answers the same each time: one draw is enough")
     add("--control", choices=CONTROLS, help="a part of the defence, or one with a part cut")
-    add("--sweep", choices=SWEEPS, help="repeat one attack over a range of this, with a plot")
+    add("--final", metavar="FILE", help="weights of a second classifier, which labels the reconstructions, while the "
+        "first one is looked into (default: one does both)")  # fmt: skip
+    add("--sweep", choices=SWEEPS, help="repeat one attack over a range of this, with a plot (default: apgd-ce)")
     args = parser.parse_args(argv)
-    device, more = start_device(args.device), {"control": args.control, "deterministic": args.deterministic}
-    if args.model:
-        if not args.dataset or args.eps is None or args.ckpt or args.published:
-            raise ValueError("--model goes with --dataset and --eps, and without --ckpt and --published")
-        data = datasets.load(args.dataset, args.data_dir or "data")
-        model, state, source = load_foreign(args.model).to(device), {}, Path(args.model)
-        more["weights"] = "see answers.npz"  # its code counts as well, and no hash shows that
-    else:
-        model, data, state, source = load_model(args, device)
-    if args.control and not hasattr(model, "purifier"):
-        raise ValueError(f"--control {args.control} is for a CARSO, and this model is none: leave it out")
-    model = CONTROLS[args.control](model) if args.control else model
+    if args.model and (not args.dataset or args.eps is None or args.ckpt or args.published):
+        raise ValueError("--model goes with --dataset and --eps, and without --ckpt and --published")
     if args.sweep:
-        args.attack, args.no_cascade = ["apgd-ce"], True
-    faults = inspect_model(model, data.test_images[:8].to(device), len(data.classes), args.model or "")
-    e = prepare(args, model, data, state, source, ALL, GROUPS, **more)
-    e.faults, e.deterministic = tuple(faults), e.deterministic or args.deterministic or args.control == "fixed-z"
+        args.attack = args.attack or ["apgd-ce"]
+        if len(args.attack) > 1 or args.attack[0] in GROUPS:
+            raise ValueError(f"--sweep {args.sweep} repeats one attack: give --attack one name")
+        args.no_cascade = True
+    for name in ("out", "data_dir"):  # a model's file may change the folder
+        if getattr(args, name):
+            setattr(args, name, str(Path(getattr(args, name)).expanduser().resolve()))
+    args.view = args.view or VIEW_OF_DECISION.get(args.aggregation)
+    return args
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> tuple:
+    """evaluate.load_model's four, also of a model of others, of a CARSO trained end to end, and of a control."""
     if args.model:
-        check_answers(e.folder, model, data.test_images[:8].to(device), data.test_labels[:8].to(device))
-    if any(module.training for module in model.modules() if module is not model):
-        print("note: parts of the model are in training mode, as it was built", flush=True)
-    return run_sweep(e, args.sweep) if args.sweep else run(e)
+        data = datasets.load(args.dataset, args.data_dir or "data", keep_size=True)
+        source = Path(args.model).expanduser().resolve()
+        return load_foreign(args.model).to(device), data, {}, source
+    model, data, state, source = evaluate.load_model(args, device, load_end_to_end)
+    if (args.control or args.final) and not hasattr(model, "purifier"):
+        option = f"--control {args.control}" if args.control else f"--final {args.final}"
+        raise ValueError(f"{option} is for a CARSO, and this model is none: leave it out")
+    if args.final:
+        model.final = load_classifier(args.final, len(data.classes), data.mean, data.std).to(device)
+        model.eval()
+    return CONTROLS[args.control](model) if args.control else model, data, state, source
+
+
+def choose_attacks(asked: list[str] | None, model: nn.Module) -> list[str] | None:
+    """The attacks that names and groups stand for. A group takes of its attacks those that apply to the model. Raises
+    ValueError for another one that does not."""
+    missing = () if hasattr(model, "purifier") else FOR_CARSO
+    for name in asked or ():
+        if name in missing:
+            raise ValueError(f"--attack {name} is for a CARSO, and this model is none: leave it out")
+    chosen = [name for given in asked or () for name in GROUPS.get(given, [given])]
+    return [name for name in chosen if name not in missing] or None
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    device = start_device(args.device)
+    model, data, state, source = load_model(args, device)
+    args.attack = choose_attacks(args.attack, model)
+    notes, faults = evaluate.find_notes(data, state, source), []
+    some = data.test_images[:128].to(device)
+    if isinstance(model, Foreign):
+        notes += check_output(model, some[:8], len(data.classes), args.model)
+    if args.model:
+        faults = inspect_model(model, some, len(data.classes), args.model, args.deterministic)
+    if any(getattr(module, "training", False) for module in model.modules() if module is not model):
+        notes.append("parts of the model are in training mode, as it was built")
+
+    settings = evaluate.choose_settings(args, model, state, data, args.model and f"{source.name}")
+    settings |= {"control": args.control, "own_answer": getattr(model, "own_answer", 0.0)}
+    is_deterministic = args.deterministic or args.control == "fixed-z"
+    settings |= ONE_DRAW if is_deterministic else {}
+    folder = evaluate.claim_folder(args, settings, source)
+    build = lambda settings, folder: evaluate.build_evaluations(model, data, settings, folder, device, args.limit)  # noqa: E731
+    evaluations, answers = build(settings, folder), folder / "answers.npz"
+    if args.model and answers.is_file():
+        check_answers(answers, model, device)
+    elif args.model:
+        keep_answers(answers, evaluations[-1])
+    about = {"checkpoint": args.model or str(source), "dataset": data.name, "notes": notes}
+    numbers = data.test_numbers.tolist()
+    judged = partial(judge, faults)
+    if args.sweep:
+        return run_sweep(args.sweep, args.attack[0], build, settings, folder, about, numbers, judged)
+    status = evaluate.run(evaluations, about, numbers, judged)
+    if args.model:
+        keep_answers(answers, evaluations[-1])
+    return status
 
 
 if __name__ == "__main__":

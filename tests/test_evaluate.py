@@ -1,6 +1,7 @@
 """evaluate.py: the pieces, the audit on honest and planted models, and the real script on a tiny checkpoint."""
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -18,12 +19,13 @@ from conftest import DEVICE, ROOT, exit_status, fresh_carso
 from torch import nn
 from torch.testing import assert_close
 
+import data as datasets
 import evaluate
-from attacks import pgd, random_point
+from attacks import random_point
 from data import load, pixels
-from evaluate import AGGREGATIONS, ATTACKS, BUDGETS, VIEWS, Attack, Evaluation, Seen, audit, climb, reseed, score
+from evaluate import AGGREGATIONS, ATTACKS, BUDGETS, VIEWS, Attack, Evaluation, Seen, climb, reseed, score
 from models import save_tensors
-from purifier import load_carso, save_carso
+from purifier import CARSO, load_carso, save_carso
 
 SMALL = dict(
     pictures=6, steps=2, eot=2, pgd_steps=2, pgd_step_size=0.05, queries=3, targets=2, select=3, draws=4, chunk=3
@@ -80,11 +82,12 @@ def read_rows(folder, name="whole") -> list[dict]:
 
 def test_report_has_the_stable_fields(folder):
     report = read_report(folder)
-    fields = "checkpoint dataset n eps samples clean noise attacks robust audit config environment classifier"
+    fields = "checkpoint dataset n eps samples clean noise attacks robust audit config environment models"
     assert set(fields.split()) <= set(report) and set(report["attacks"]) == {"standard", "rand"}
     fields = "target accuracy interval steps eot standing seconds nonfinite_gradients zero_gradients"
     assert all(set(fields.split()) <= set(attack) for attack in report["attacks"].values())
     assert (report["n"], report["eps"], report["samples"]) == (6, 0.2, 2) and report["audit"]["passed"]
+    assert {name: a["target"] for name, a in report["attacks"].items()} == {"standard": "classifier", "rand": "defence"}
     left = {path.name for path in (folder / "whole").iterdir()}
     assert left == {"report.json", "report.md", "rows.tsv", "samples.png", "config.json", "work"}
     said = (folder / "said.txt").read_text()
@@ -92,14 +95,16 @@ def test_report_has_the_stable_fields(folder):
 
 
 def test_numbers_follow_from_the_rows(folder):
-    report, rows = read_report(folder), read_rows(folder)
-    parts = {"clean": report["clean"], "noise": report["noise"], "worst": report["robust"], **report["attacks"]}
-    labels = load("digits").test_labels
-    for name, part in parts.items():
-        mine = [row for row in rows if row["attack"] == name]
-        assert [(int(row["picture"]), int(row["label"])) for row in mine] == list(enumerate(labels[:6].tolist()))
-        shares = [int(row["right"]) / int(row["draws"]) for row in mine]
-        assert part["accuracy"] == pytest.approx(np.mean(shares))
+    report, labels = read_report(folder), load("digits").test_labels
+    assert [*report["models"]] == ["classifier", "defence"]
+    assert report["robust"] == report["models"]["defence"]["robust"]
+    for model, found in report["models"].items():
+        parts = {"clean": found["clean"], "noise": found["noise"], "worst": found["robust"], **found["attacks"]}
+        for name, part in parts.items():
+            mine = [row for row in read_rows(folder) if (row["model"], row["attack"]) == (model, name)]
+            assert [(int(row["picture"]), int(row["label"])) for row in mine] == list(enumerate(labels[:6].tolist()))
+            shares = [int(row["right"]) / int(row["draws"]) for row in mine]
+            assert part["accuracy"] == pytest.approx(np.mean(shares))
 
 
 def test_a_cascade_attacks_what_stands_and_the_worst_is_the_least(folder, call):
@@ -107,15 +112,15 @@ def test_a_cascade_attacks_what_stands_and_the_worst_is_the_least(folder, call):
     for name, cascade in (("whole", True), ("all", False)):
         by_attack = {}
         for row in read_rows(folder, name):
-            by_attack.setdefault(row["attack"], []).append(row)
+            if row["model"] == "defence":
+                by_attack.setdefault(row["attack"], []).append(row)
         for clean, noise, rand, worst in zip(*(by_attack[k] for k in ("clean", "noise", "rand", "worst"))):
             lost = float(clean["select"]) == 0
             assert rand["attacked"] == noise["attacked"] == ("0" if cascade and lost else "1")
             found = [float(row["select"]) for row in (clean, noise, rand) if row["attacked"] == "1"]
             assert float(worst["select"]) == min(found)
-        assert {row["attacked"] for row in by_attack["standard"]} == {"1"}  # another model: its own answers count
-    lost = [row for row in read_rows(folder) if row["attack"] == "clean" and float(row["select"]) == 0]
-    assert lost  # or nothing was tested
+    lost = [row["model"] for row in read_rows(folder) if row["attack"] == "clean" and float(row["select"]) == 0]
+    assert "defence" in lost  # or nothing was tested
 
 
 @pytest.mark.parametrize("how", ["two processes", "some files missing", "killed"])
@@ -125,12 +130,12 @@ def test_result_depends_neither_on_processes_nor_on_interruptions(folder, how):
         run_script(folder, *options, ranks=2)
     elif how == "some files missing":
         shutil.copytree(folder / "whole", folder / how)
-        for name in ("rand-000003.npz", "worst-000003.npz", "clean-000000.npz", "worst-000000.npz"):
+        for name in ("defence/rand-000003.npz", "classifier/clean-000000.npz", "defence/audit-end-000000.npz"):
             (folder / how / "work" / name).unlink()
         run_script(folder, *options)
     else:
         command, environment = [sys.executable, ROOT / "evaluate.py", *options], os.environ | {"OMP_NUM_THREADS": "1"}
-        for awaited in ("noise-000000.npz", "rand-000003.npz"):
+        for awaited in ("classifier/noise-000000.npz", "defence/rand-000003.npz"):
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
             while process.poll() is None and not (folder / how / "work" / awaited).is_file():
                 time.sleep(0.01)
@@ -143,9 +148,35 @@ def test_result_depends_neither_on_processes_nor_on_interruptions(folder, how):
 
 def test_a_file_that_exists_is_not_made_again(folder, call):
     work = folder / "whole" / "work"
-    before = {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.npz")}
     assert call("--ckpt", "carso.pt", "--out", "whole")[0] == 0
-    assert {path.name: path.stat().st_mtime_ns for path in work.iterdir()} == before
+    assert len(before) > 10 and {path: path.stat().st_mtime_ns for path in work.rglob("*.npz")} == before
+
+
+def test_memory_is_bounded_and_a_lower_bound_goes_on_in_the_same_folder(folder, call, monkeypatch):
+    """Also in AutoAttack and in the audit, which ask for gradients."""
+    shutil.copytree(folder / "whole", folder / "bounded")
+    for path in (folder / "bounded" / "work").rglob("*.npz"):
+        if path.name != "clean-000003.npz":
+            path.unlink()
+    sizes, member_logits = [], CARSO.member_logits
+    monkeypatch.setattr(CARSO, "member_logits", lambda self, x, z: sizes.append(len(x) * z.shape[1])
+                        or member_logits(self, x, z))  # fmt: skip
+    assert call("--ckpt", "carso.pt", "--out", "bounded", "--limit", "4")[0] == 0
+    assert max(sizes) == 4
+    both = [[row for row in read_rows(folder, name) if row["attack"] != "noise"] for name in ("whole", "bounded")]
+    assert len(both[0]) == len(both[1])
+    assert [row["right"] for row in both[0] if row["attack"] == "clean"] == [
+        row["right"] for row in both[1] if row["attack"] == "clean"]  # fmt: skip
+
+
+def test_work_of_other_days_and_versions_is_called_mixed(folder, call, monkeypatch):
+    shutil.copytree(folder / "whole", folder / "mixed")
+    (folder / "mixed" / "work" / "defence" / "worst-000003.npz").unlink()
+    monkeypatch.setattr(evaluate.time, "strftime", lambda _: "2099-01-01")
+    assert call("--ckpt", "carso.pt", "--out", "mixed")[0] == 0
+    date, before = read_report(folder, "mixed")["environment"]["date"], read_report(folder)["environment"]["date"]
+    assert date == f"mixed ({before}, 2099-01-01)"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +184,8 @@ def test_a_file_that_exists_is_not_made_again(folder, call):
     [
         (["--ckpt", "nothing.pt"], "no file nothing.pt"),
         (["--ckpt", "page.pt"], "page.pt is a web page"),
-        (["--ckpt", "other.pt"], "other.pt is not a CARSO"),
+        (["--ckpt", "other.pt"], "other.pt does not say what it was trained on: add --dataset"),
+        (["--ckpt", "other.pt", "--dataset", "digits"], "other.pt is not one of the public WideResNets"),
         ([], "either --ckpt or --published"),
         (["--published", "cifar10", "--dataset", "digits"], "leave out --dataset"),
         (["--ckpt", "classifier.pt", "--dataset", "colour.npz"], r"classifier.pt is for pictures of 1 channel\(s\)"),
@@ -194,10 +226,11 @@ def test_the_authors_head_fails_the_audit_with_status_3(folder, call):
     options = ["--ckpt", "confident.pt", "--attack", "rand", "--pictures", "3"]
     status, said = call(*options, "--view", "naive-odds", "--out", "odds")
     assert status == 3 and "outputs that are not finite" in said and "Audit: **failed**" in said
-    assert "passed" not in said and read_report(folder, "odds")["attacks"]["rand"]["accuracy"] >= 0
+    assert "passed" not in said
     assert call(*options, "--out", "even")[0] == 0
     decided = [
-        [row["right"] for row in read_rows(folder, name) if row["attack"] == "clean"] for name in ("odds", "even")
+        [row["right"] for row in read_rows(folder, name) if row["model"] == "defence" and row["attack"] == "clean"]
+        for name in ("odds", "even")
     ]
     assert decided[0] == decided[1]  # the decision is the same, whatever attacks see
 
@@ -205,14 +238,14 @@ def test_the_authors_head_fails_the_audit_with_status_3(folder, call):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_every_aggregation_is_evaluated(folder, call, aggregation):
     options = ["--aggregation", aggregation, "--attack", "pgd-eot", "--pictures", "3", "--out", f"by-{aggregation}"]
-    assert call("--ckpt", "carso.pt", *options)[0] in (0, 3)
-    assert read_report(folder, f"by-{aggregation}")["config"]["view"] == AGGREGATIONS[aggregation][1]
+    assert call("--ckpt", "carso.pt", *options)[0] == 0
+    assert f"Decision: {aggregation}" in (folder / f"by-{aggregation}" / "report.md").read_text()
 
 
 def test_one_reconstruction_of_z_0_is_deterministic_and_asked_once(folder, call):
     assert call("--ckpt", "carso.pt", "--samples", "0", "--attack", "pgd-eot", "--out", "zero")[0] == 0
     report = read_report(folder, "zero")
-    assert report["deterministic"] and report["attacks"]["pgd-eot"]["eot"] == 1
+    assert report["attacks"]["pgd-eot"]["eot"] == 1
     assert {row["draws"] for row in read_rows(folder, "zero")} == {"1"}
 
 
@@ -222,12 +255,9 @@ def test_a_classifier_alone_is_evaluated(folder, call):
     save_tensors(folder / "classifier.pt", {"state_dict": classifier.state_dict() | normalisation})
     options = ["--ckpt", "classifier.pt", "--dataset", "digits", "--eps", "0.2", "--out", "classifier"]
     status, said = call(*options, "--attack", "standard")
-    assert status == 0 and "The model keeps" in said and "| classifier" not in said
-    rows = {
-        name: [row for row in read_rows(folder, name) if row["attack"] == "standard"]
-        for name in ("classifier", "whole")
-    }
-    assert [row["right"] for row in rows["classifier"]] == [row["right"] for row in rows["whole"]]
+    assert status == 0 and "The classifier keeps" in said and "| defence" not in said
+    of_the_whole = [row for row in read_rows(folder) if row["model"] == "classifier"]
+    assert read_rows(folder, "classifier") == of_the_whole
     assert call(*options, "--attack", "standard", "--eps", "0.1")[0] == 2
 
 
@@ -242,14 +272,17 @@ def test_test_pictures_alone_are_enough_and_keep_their_numbers(folder, call):
 
 def test_files_of_work_that_are_damaged_are_named_and_missing_ones_made_again(folder, call):
     shutil.copytree(folder / "whole", folder / "touched")
-    before, path = (folder / "touched" / "rows.tsv").read_bytes(), folder / "touched" / "work" / "rand-000003.npz"
+    before, path = (
+        (folder / "touched" / "rows.tsv").read_bytes(),
+        folder / "touched" / "work" / "defence" / "rand-000003.npz",
+    )
     path.unlink()
     assert call("--ckpt", "carso.pt", "--out", "touched")[0] == 0
     assert (folder / "touched" / "rows.tsv").read_bytes() == before
     for content in (b"", path.read_bytes()[:-100]):
         path.write_bytes(content)
         status, said = call("--ckpt", "carso.pt", "--out", "touched")
-        assert status == 2 and "work/rand-000003.npz is damaged" in said and path.read_bytes() == content
+        assert status == 2 and "work/defence/rand-000003.npz is damaged" in said and path.read_bytes() == content
 
 
 def test_a_carso_that_says_nothing_of_its_training_is_evaluated(folder, call):
@@ -258,6 +291,18 @@ def test_a_carso_that_says_nothing_of_its_training_is_evaluated(folder, call):
     assert status == 2 and "bare.pt does not say what it was trained on: add --dataset" in said
     assert call("--ckpt", "bare.pt", "--dataset", "digits", "--out", "bare", "--attack", "clean")[0] == 0
     assert "Nothing attacked the model" in (folder / "bare" / "report.md").read_text()
+
+
+def test_pictures_that_may_have_been_trained_on_are_pointed_out(folder, call):
+    """The fingerprint of the training pictures is in the checkpoint."""
+    carso, state = load_carso(folder / "carso.pt")
+    data = datasets.load("digits")
+    for name, images in (("same", data.train_images), ("other", data.test_images)):
+        state["config"]["data"] = datasets.fingerprint(images, data.train_labels[: len(images)], data.classes)
+        save_carso(folder / f"{name}.pt", carso, **state)
+        assert call("--ckpt", f"{name}.pt", "--attack", "clean", "--out", name)[0] == 0
+        notes = read_report(folder, name)["notes"]
+        assert any("was trained on other pictures than the training split" in n for n in notes) == (name == "other")
 
 
 def test_a_published_defence_is_fetched_checked_and_evaluated(folder, call, monkeypatch):
@@ -316,15 +361,8 @@ def test_gradients_that_are_not_there_are_counted(tiny_carso):
 
 def test_views_decide_alike():
     logits = torch.randn(200, 8, 10, generator=torch.Generator().manual_seed(0))
-    decision = AGGREGATIONS["robust"][0](logits).argmax(1)
-    assert torch.equal(VIEWS["logsumexp"](logits).argmax(1), decision)
-    assert torch.equal(VIEWS["sum-exp"](logits).argmax(1), decision)
     small = 0.1 * logits  # where the naive view does not saturate
-    assert torch.equal(VIEWS["naive-odds"](small).argmax(1), AGGREGATIONS["robust"][0](small).argmax(1))
-    assert VIEWS["sum-exp"](1e4 * logits).isfinite().all()
-    alike = logits + 20 * F.one_hot(torch.arange(200) % 10, 10)[:, None]
-    for decide, view in AGGREGATIONS.values():  # a decision's own view agrees with it where all members agree
-        assert torch.equal(VIEWS[view](alike).argmax(1), decide(alike).argmax(1))
+    assert torch.equal(VIEWS["naive-odds"](small).argmax(1), AGGREGATIONS["robust"](small).argmax(1))
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -334,23 +372,39 @@ def test_every_attack_stays_in_the_ball_and_follows_its_seed(tiny_carso, name):
     for _ in range(2):
         reseed(1, tiny_carso)
         seen = Seen(tiny_carso.classifier if ATTACKS[name].on == "classifier" else tiny_carso, samples=3)
-        candidates = ATTACKS[name].run(seen, x, y, 0.1, SMALL)
+        candidates = ATTACKS[name].run(seen, x, y, SMALL | {"eps": 0.1})
         assert candidates.shape[1:] == x.shape and (candidates - x).abs().max() <= 0.1 + 1e-6
         assert candidates.min() >= 0 and candidates.max() <= 1
         found.append(candidates)
     assert torch.equal(*found) and all(p.grad is None for p in tiny_carso.parameters())
 
 
-def test_pictures_that_are_alike_are_all_remembered():
-    class Single:
-        def attack_single_run(self, pictures):
-            return (pictures + 1,)
+def test_rand_attacks_also_what_a_draw_mislabels(networks):
+    """AutoAttack's own wrapper gives such pictures back clean."""
+    model = Around(networks["max-pool"], lambda m, x: m(x) * (2.0 * (torch.rand(len(x), 1) > 0.5) - 1))
+    x, y = pixels(DIGITS.test_images[:24]), DIGITS.test_labels[:24]
+    torch.manual_seed(0)
+    candidates = ATTACKS["rand"].run(Seen(model), x, y, SMALL | {"eps": 0.1})
+    assert len(candidates) == 4  # of each loss the point of the largest one, and the last that fooled a draw
+    for candidate in candidates:
+        assert (candidate != x).flatten(1).any(1).all()
 
-    x, attack = torch.rand(3, 1, 4, 4), Single()
-    x[1] = x[0]
-    points = evaluate.remember_best(attack, x)
-    attack.attack_single_run(x[:2])
-    assert torch.equal(points[0], torch.cat([x[:2] + 1, x[2:]]))
+
+def test_each_gradient_is_counted_once(tiny_carso):
+    """AutoAttack asks for all draws of a step from one leaf."""
+    seen = Seen(tiny_carso, samples=3)
+    ATTACKS["rand"].run(seen, torch.rand(3, 1, 32, 32), torch.tensor([0, 1, 2]), SMALL | {"eps": 0.1})
+    steps_and_start, losses = SMALL["steps"] + 1, 2
+    assert seen.count["gradients"] == 3 * losses * steps_and_start * SMALL["eot"]
+
+
+def test_nan_is_neither_a_candidate_nor_an_answer():
+    x = torch.full((2, 1, 4, 4), 0.5)
+    broken = x.clone()
+    broken[0, 0, 0, 0] = torch.nan
+    assert evaluate.is_allowed(x[None], x, 0.1) and not evaluate.is_allowed(broken[None], x, 0.1)
+    model = Around(None, lambda _, x: torch.full((len(x), 3), torch.nan))
+    assert not score(Seen(model), x, torch.zeros(2, dtype=torch.int64), 2).any()
 
 
 def test_wilson_interval_of_textbook_values():
@@ -381,47 +435,59 @@ class Coin(nn.Module):
         return torch.cat([right, -right], 2) * self.weight
 
 
-def make_evaluation(model, folder, attacks=None, n=40, **changes) -> Evaluation:
-    config = BUDGETS["reduced"] | dict(eps=0.1, samples=1, aggregation="robust", view="logsumexp", limit=1024, seed=0)
-    config |= dict(cascade=True, bf16=False, chunk=20, classes=2, select=20, draws=20) | changes
-    images, attacks = torch.full((n, 1, 32, 32), 128, dtype=torch.uint8), {"clean": ATTACKS["clean"]} | (attacks or {})
-    attacks |= {"noise": ATTACKS["noise"]}
-    labels, about = torch.zeros(n, dtype=torch.int64), {"checkpoint": "c", "dataset": "d"}
-    return Evaluation(model, images, labels, list(range(n)), config, attacks, about, folder, torch.device("cpu"))
+def make_evaluation(model, folder, attacks=None, n=40, data=None, **changes) -> Evaluation:
+    settings = BUDGETS["reduced"] | dict(eps=0.1, samples=1, aggregation="robust", view=None, seed=0, pictures=n)
+    settings |= dict(cascade=True, bf16=False, chunk=20, classes=2, select=20, draws=20) | changes
+    images, labels = torch.full((n, 1, 32, 32), 128, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
+    if data:
+        images, labels, settings["classes"] = data.test_images[:n], data.test_labels[:n], 10
+    attacks = {"clean": ATTACKS["clean"]} | (attacks or {}) | {"noise": ATTACKS["noise"]}
+    place = folder / "work" / "model"
+    return Evaluation("model", model, images, labels, attacks, settings, place, torch.device("cpu"))
+
+
+def finish(e: Evaluation) -> dict:
+    """The report on the one model."""
+    assert evaluate.run_chunks([e])
+    about = {"checkpoint": "c", "dataset": "d", "notes": []}
+    return evaluate.write_report([e], about, list(range(len(e.labels))))
+
+
+def read(e: Evaluation, name: str, start: int) -> dict:
+    return datasets.load_npz(e.find_path(name, start))
 
 
 def test_the_score_is_on_other_noise_than_the_selection(tmp_path):
     """Of many candidates that are all alike the selection takes the luckiest; fresh draws are not fooled."""
-    many = Attack(lambda seen, x, y, eps, budget: torch.stack([(x + 0.001 * k).clamp(0, 1) for k in range(-5, 5)]))
+    many = Attack(lambda seen, x, y, settings: torch.stack([(x + 0.001 * k).clamp(0, 1) for k in range(-5, 5)]))
     e = make_evaluation(Coin(0.5), tmp_path, {"many": many}, n=100)
-    evaluate.run_chunks(e, lambda _: None)
-    report = evaluate.write_report(e)
+    report = finish(e)
     assert report["robust"]["accuracy"] == pytest.approx(0.5, abs=0.06)
-    same_noise = np.concatenate([e.read("many", start)["select"] for start in e.starts])
-    fresh = np.concatenate([e.read("many", start)["right"].mean(1) for start in e.starts])
+    same_noise = np.concatenate([read(e, "many", start)["select"] for start in e.starts])
+    fresh = np.concatenate([read(e, "many", start)["right"].mean(1) for start in e.starts])
     assert abs(np.corrcoef(same_noise, fresh)[0, 1]) < 0.5  # else it is the noise of the selection
     assert report["robust"]["least"] <= report["robust"]["accuracy"]
 
 
 def test_all_candidates_of_a_picture_see_the_same_noise(tmp_path):
-    e = make_evaluation(Coin(0.5), tmp_path, {"same": Attack(lambda seen, x, y, eps, budget: torch.stack([x] * 8))})
-    evaluate.run_chunks(e, lambda _: None)
-    clean, same = ([e.read(name, start)["select"] for start in e.starts] for name in ("clean", "same"))
+    e = make_evaluation(Coin(0.5), tmp_path, {"same": Attack(lambda seen, x, y, settings: torch.stack([x] * 8))})
+    finish(e)
+    clean, same = ([read(e, name, start)["select"] for start in e.starts] for name in ("clean", "same"))
     stood = np.concatenate(clean) > 0
     assert np.array_equal(np.concatenate(clean)[stood], np.concatenate(same)[stood])
 
 
 def shift(distance):
-    return Attack(lambda seen, x, y, eps, budget: (x + distance)[None])
+    return Attack(lambda seen, x, y, settings: (x + distance)[None])
 
 
 def test_the_worst_is_the_candidate_with_the_least_share(tmp_path):
     """Coin is right the more often, the brighter a picture is."""
     e = make_evaluation(Coin(0.5), tmp_path, {"brighter": shift(0.1), "darker": shift(-0.1), "as it is": shift(0.0)})
-    evaluate.run_chunks(e, lambda _: None)
+    finish(e)
     for start in e.starts:
-        shares = {name: e.read(name, start) for name in ("brighter", "darker", "as it is", "clean")}
-        worst = e.read("worst", start)["worst"].mean((1, 2, 3)).round(3)
+        shares = {name: read(e, name, start) for name in ("brighter", "darker", "as it is", "clean")}
+        worst = read(e, "worst", start)["adversarial"].mean((1, 2, 3)).round(3)
         found = np.where([f["attacked"] for f in shares.values()], [f["select"] for f in shares.values()], np.inf)
         assert (worst[found.min(0) < found[[0, 2, 3]].min(0)] == np.float32(0.402)).all()
         assert (worst[found.min(0) == found[0]] == np.float32(0.602)).all()  # among equals the first one
@@ -436,44 +502,19 @@ def test_the_audit_looks_where_the_attack_ended(tmp_path, networks):
 
     e = make_evaluation(Around(networks["max-pool"], lie), tmp_path, {"darker": shift(-0.1)}, n=6, classes=10)
     e.labels[:] = networks["max-pool"](pixels(e.images[:1])).argmax()
-    evaluate.run_chunks(e, lambda _: None)
-    messages = evaluate.write_report(e)["audit"]["messages"]
+    messages = finish(e)["audit"]["messages"]
     assert messages and all("where the attacks ended" in message for message in messages), messages
 
 
 def test_an_attack_that_leaves_the_ball_is_a_fault(tmp_path):
-    e = make_evaluation(Coin(), tmp_path, {"far": Attack(lambda seen, x, y, eps, budget: (x + 0.2)[None])})
+    e = make_evaluation(Coin(), tmp_path, {"far": Attack(lambda seen, x, y, settings: (x + 0.2)[None])})
     with pytest.raises(RuntimeError, match="far left the eps-ball"):
-        evaluate.run_chunks(e, lambda _: None)
+        finish(e)
 
 
 def test_a_model_that_is_no_better_than_guessing_is_pointed_out(tmp_path):
-    e = make_evaluation(Coin(5.0), tmp_path)
-    evaluate.run_chunks(e, lambda _: None)
-    evaluate.write_report(e)
+    finish(make_evaluation(Coin(5.0), tmp_path))
     assert "No better than always answering the commonest class (100.0 %)" in (tmp_path / "report.md").read_text()
-
-
-def test_attacks_that_beat_gradients_are_a_sign_of_masking(tmp_path):
-    def table(white, other, attacked=None):
-        right = lambda share: np.arange(10)[None] < np.round(10 * np.array(share))[:, None]  # noqa: E731
-        n, everywhere = len(white), np.ones(len(white), dtype=bool)
-        rows = {"white": (white, everywhere), "other": (other, everywhere if attacked is None else attacked)}
-        return {k: {"right": right(s), "select": np.array(s), "attacked": a} for k, (s, a) in rows.items() if n}
-
-    e = make_evaluation(Coin(), tmp_path)
-    e.attacks = {"white": ATTACKS["pgd-eot"], "other": ATTACKS["noise"]}
-    masked = evaluate.find_masking(e, table([1.0] * 50, [0.0] * 10 + [1.0] * 40))
-    assert masked and "other takes 20.0 points more" in masked[0]
-    assert not evaluate.find_masking(e, table([0.0] * 25 + [1.0] * 25, [1.0] * 50))  # the white box is stronger
-    assert not evaluate.find_masking(e, table([1.0] * 50, [0.0] + [1.0] * 49))  # one picture in fifty is chance
-    earlier = np.arange(50) >= 10  # the white box took ten before the other's turn
-    assert not evaluate.find_masking(e, table([0.0] * 10 + [1.0] * 40, [0.0] * 10 + [1.0] * 40, earlier))
-    # AutoAttack's standard has a black box: on a whole model it does not speak for the attacks that follow gradients.
-    with_standard = table([1.0] * 50, [0.0] * 10 + [1.0] * 40)
-    with_standard["standard"] = with_standard["other"]
-    e.attacks["standard"] = ATTACKS["standard"]
-    assert "other takes 20.0 points more" in evaluate.find_masking(e, with_standard)[0]
 
 
 # ----------------------------------------------------------------------------------- the audit, and planted failures
@@ -545,16 +586,11 @@ def networks() -> dict[str, nn.Module]:
     return {name: train_on_digits(network) for name, network in built.items()}
 
 
-def find_faults(model: nn.Module) -> tuple[set[str], set[str]]:
-    """The faults that the audit finds, as an evaluation calls it: where attacks begin, and where PGD ended."""
-    x, y, eps, found, notes = pixels(DIGITS.test_images[:24]), DIGITS.test_labels[:24], 0.2, set(), set()
-    torch.manual_seed(0)
-    seen, double = Seen(model), Seen(copy.deepcopy(model).double())
-    for points, distance, stride in ((x, eps, eps / 100), (pgd(model, x, y, eps, 5, 0.1), eps / 100, 0.0)):
-        low, high = (points - distance).clamp(min=eps / 200), (points + distance).clamp(max=1 - eps / 200)
-        faults = audit(seen, double, low + (high - low) * torch.rand_like(x), y, notes, stride)
-        found |= {fault for fault, pictures in faults.items() if pictures.any()}
-    return found, notes
+def find_faults(model: nn.Module, folder, **changes) -> set[str]:
+    """The faults that the audit finds in the pictures of a short evaluation."""
+    short = dict(pgd_steps=5, pgd_step_size=0.1, eot=1, select=2, draws=1, chunk=24, eps=0.2) | changes
+    e = make_evaluation(model, folder, {"pgd-eot": ATTACKS["pgd-eot"]}, n=24, data=DIGITS, **short)
+    return {message for message in finish(e)["audit"]["messages"] if " pictures have " in message}
 
 
 HONEST = {
@@ -564,36 +600,37 @@ HONEST = {
     "noise": lambda net: Around(net, lambda m, x: m(x + 0.1 * torch.randn_like(x))),
     "logits of 1,000": lambda net: Around(net, lambda m, x: 1000 * m(x)),
     "probabilities": lambda net: Around(net, lambda m, x: m(x).softmax(1)),
-    "float32 inside": lambda net: Around(net, lambda m, x: m.float()(x.float())),
+    "fine levels, straight through": lambda net: Around(
+        net, lambda m, x: m(x + ((255 * x).round() / 255 - x).detach())
+    ),
+    "bfloat16 inside": lambda net: Around(net, lambda m, x: m(x.bfloat16().to(x))),
+    "a steep sine": lambda net: Around(net, lambda m, x: m(x + 0.1 * torch.sin(30 * x))),
 }
 
 
 @pytest.mark.parametrize("kind", HONEST)
-def test_the_audit_accuses_no_honest_model(networks, kind):
-    found, notes = find_faults(HONEST[kind](copy.deepcopy(networks["max-pool"])))
-    assert not found
-    assert bool(notes) == (kind in ("logits of 1,000", "float32 inside"))
+def test_the_audit_accuses_no_honest_model(networks, tmp_path, kind):
+    assert not find_faults(HONEST[kind](networks["max-pool"]), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["no bias", "attention", "median filter", "ensemble"])
-def test_the_audit_accuses_no_honest_network(networks, name):
+def test_the_audit_accuses_no_honest_network(networks, tmp_path, name):
     pair = nn.ModuleList([networks["max-pool"], networks["average"]])
     model = Around(pair, lambda m, x: (m[0](x) + m[1](x)) / 2) if name == "ensemble" else networks[name]
-    assert not find_faults(model)[0]
+    assert not find_faults(model, tmp_path)
+    assert not find_faults(model, tmp_path / "bf16", bf16=True)
 
 
-def test_the_audit_accuses_no_carso(tiny_carso):
-    y = DIGITS.test_labels[:6] % 5
+def test_the_audit_accuses_no_carso(tiny_carso, tmp_path):
+    data = dataclasses.replace(DIGITS, test_labels=DIGITS.test_labels % 5)
     for model in (tiny_carso, tiny_carso.classifier):
-        seen, double = Seen(model, samples=3), Seen(copy.deepcopy(model).double(), samples=2)
-        points = 0.01 + 0.98 * torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-        assert not torch.stack([*audit(seen, double, points, y, set(), 0.001).values()]).any()
+        e = make_evaluation(model, tmp_path / type(model).__name__, n=6, data=data, samples=3, eps=0.03)
+        assert finish(e)["audit"]["passed"]
 
 
 FIXED = F.normalize(torch.randn(1024, generator=torch.Generator().manual_seed(1)), dim=0).view(1, 1, 32, 32)
 KEPT = (torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(1)) < 0.05).float()
-DERIVATIVE, STEPS, ZERO, FOLLOW = "not the derivative", "has steps", "exactly zero", "do not follow"
-SMALL_GRADIENT = "too small to be checked"
+UNEXPLAINED, ZERO = "do not explain", "exactly zero"
 
 
 def quantise(x: torch.Tensor) -> torch.Tensor:
@@ -604,50 +641,78 @@ def add_random_linear(logits: torch.Tensor, x: torch.Tensor, size: float) -> tor
     return logits + size * (x * FIXED).sum((1, 2, 3))[:, None] * torch.arange(10).to(x)
 
 
+def attack_inside(m, x: torch.Tensor, step: float) -> torch.Tensor:
+    """Published defences: the picture moves by signed steps towards (step < 0: away from) the model's own answer."""
+    moved, answer = x.detach(), m(x).argmax(1).detach()
+    for _ in range(5):
+        with torch.enable_grad():
+            asked = moved.clone().requires_grad_()
+            gradient = torch.autograd.grad(F.cross_entropy(m(asked), answer), asked)[0]
+        moved = moved - step * gradient.sign()
+    return m(x + (moved - x).detach())
+
+
+def vote(m, x: torch.Tensor) -> torch.Tensor:
+    """Hard votes of shifted pictures, and a little of one soft answer, which has a gradient."""
+    return sum(F.one_hot(m(x.roll(k, 3)).argmax(1), 10).to(x) for k in (-1, 0, 1)) + 1e-3 * m(x)
+
+
 PLANTED = {
-    "flipped": (lambda m, x: m(Lie.apply(x, lambda g: -g)), DERIVATIVE),
-    "shrunk and flipped": (lambda m, x: m(Lie.apply(x, lambda g: -1e-9 * g)), DERIVATIVE),
-    "on one direction": (lambda m, x: m(Lie.apply(x, lambda g: (g * FIXED).sum((1, 2, 3), True) * FIXED)), DERIVATIVE),
-    "one pixel in 20": (lambda m, x: m(Lie.apply(x, lambda g: g * KEPT)), DERIVATIVE),
-    "random": (lambda m, x: m(Lie.apply(x, torch.randn_like)), DERIVATIVE),
+    "flipped": (lambda m, x: m(Lie.apply(x, lambda g: -g)), UNEXPLAINED),
+    "shrunk and flipped": (lambda m, x: m(Lie.apply(x, lambda g: -1e-9 * g)), UNEXPLAINED),
+    "on one direction": (lambda m, x: m(Lie.apply(x, lambda g: (g * FIXED).sum((1, 2, 3), True) * FIXED)), UNEXPLAINED),
+    "one pixel in 20": (lambda m, x: m(Lie.apply(x, lambda g: g * KEPT)), UNEXPLAINED),
+    "random": (lambda m, x: m(Lie.apply(x, torch.randn_like)), UNEXPLAINED),
     "detached": (lambda m, x: m(x.detach()) + 0 * x.sum(), ZERO),
-    "detached in a part": (lambda m, x: m(x) + m(x.detach()), DERIVATIVE),
+    "detached in a part": (lambda m, x: m(x) + m(x.detach()), UNEXPLAINED),
     "argmax": (lambda m, x: F.one_hot(m(x).argmax(1), 10).to(x) + 0 * x.sum(), ZERO),
     "saturated": (lambda m, x: (1e6 * m(x)).softmax(1), ZERO),
     "NaN": (lambda m, x: m(x) * torch.nan, "not finite"),
     "infinite": (lambda m, x: m(x) / 0, "not finite"),
-    "straight through": (lambda m, x: m(x + ((8 * x).round() / 8 - x).detach()), STEPS),
-    "bfloat16 inside": (lambda m, x: m(x.bfloat16().to(x)), STEPS),
+    "coarse levels, straight through": (lambda m, x: m(x + ((8 * x).round() / 8 - x).detach()), UNEXPLAINED),
+    "votes": (vote, UNEXPLAINED),
+    "attacks inside": (lambda m, x: attack_inside(m, x, -0.03), UNEXPLAINED),
+    "counter-attacks inside": (lambda m, x: attack_inside(m, x, 0.03), UNEXPLAINED),
     "bright pictures alone": (
-        lambda m, x: torch.where((x.mean((1, 2, 3)) > 0.36)[:, None], m(Lie.apply(x, lambda g: -g)), m(x)), DERIVATIVE
+        lambda m, x: torch.where((x.mean((1, 2, 3)) > 0.36)[:, None], m(Lie.apply(x, lambda g: -g)), m(x)), UNEXPLAINED
     ),
-    "steps, and 1e-9 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-9), SMALL_GRADIENT),
-    "steps, and 1e-9 of a slope, for bright pictures alone": (
+    "steps, and 1e-9 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-9), UNEXPLAINED),
+    "steps, and 0.01 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 0.01), UNEXPLAINED),
+    "steps and a slope, for bright pictures alone": (
         lambda m, x: torch.where((x.mean((1, 2, 3)) > 0.36)[:, None], add_random_linear(m(quantise(x)), x, 1e-9), m(x)),
-        SMALL_GRADIENT,
+        UNEXPLAINED,
     ),
-    "steps, and 1e-12 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-12), SMALL_GRADIENT),
-    "steps, and 1e-4 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 1e-4), SMALL_GRADIENT),
-    "steps, and 0.01 of a slope": (lambda m, x: add_random_linear(m(quantise(x)), x, 0.01), FOLLOW),
-    "straight through, small and flipped": (lambda m, x: m(quantise(x).detach() - 1e-9 * (x - x.detach())),
-                                            SMALL_GRADIENT),
-    "a small slope in float32 alone": (
-        lambda m, x: m(x) if x.dtype == torch.float64 else add_random_linear(m(x.detach()), x, 1e-7), SMALL_GRADIENT
-    ),
-    "steps in nothing but float32": (
-        lambda m, x: add_random_linear(m.float()(quantise(x.float()).detach()), x.float(), 1e-3), "gradients"
-    ),
-    "in float32 alone": (lambda m, x: m(Lie.apply(x, lambda g: -g) if x.dtype == torch.float32 else x), FOLLOW),
+    "in float32 alone": (lambda m, x: m(Lie.apply(x, lambda g: -g) if x.dtype == torch.float32 else x), UNEXPLAINED),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", PLANTED)
-def test_the_audit_catches_a_planted_failure(networks, kind):
+def test_the_audit_catches_a_planted_failure(networks, tmp_path, kind):
     change, sentence = PLANTED[kind]
-    found, _ = find_faults(Around(networks["max-pool"], change))
+    found = find_faults(Around(networks["max-pool"], change), tmp_path)
     assert any(sentence in fault for fault in found), found
-    if kind == "straight through":  # such a gradient is an estimate, and not made up
-        assert not any("made up" in fault for fault in found)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_defence_that_optimises_inside_is_caught_whatever_the_seed(networks, tmp_path, seed):
+    """Differences along the gradient found it with every other seed: its slope is right almost everywhere."""
+    model = Around(networks["max-pool"], lambda m, x: attack_inside(m, x, 0.03))
+    assert find_faults(model, tmp_path, seed=seed)
+
+
+def test_a_lie_in_bfloat16_alone_is_seen_where_attacks_search_in_it(networks, tmp_path):
+    def lie(m, x):
+        return m(Lie.apply(x, lambda g: -g) if torch.is_autocast_enabled("cpu") else x)
+
+    model = Around(networks["max-pool"], lie)
+    assert not find_faults(model, tmp_path / "float32") and find_faults(model, tmp_path / "bf16", bf16=True)
+
+
+def test_a_model_that_remembers_fails_the_audit(networks, tmp_path):
+    """A quota that is used up: the clean pictures are answered otherwise in the end."""
+    model = Around(networks["max-pool"], None)
+    model.change = lambda m, x: m(x) if model.calls < 40 else m(x).roll(1, 1)
+    assert any("other answers than at the beginning" in fault for fault in find_faults(model, tmp_path))
 
 
 def test_one_masked_picture_of_a_chunk_fails_the_evaluation(tmp_path, networks):
@@ -658,11 +723,8 @@ def test_one_masked_picture_of_a_chunk_fails_the_evaluation(tmp_path, networks):
         return torch.where((x.mean((1, 2, 3)) > brightest)[:, None], m(x.detach()) + 0 * m(x), m(x))
 
     for change, passed in ((lie, False), (lambda m, x: m(x), True)):
-        e = make_evaluation(Around(networks["max-pool"], change), tmp_path / str(passed), n=12, classes=10, eps=0.02)
-        e.images, e.labels = x, DIGITS.test_labels[:12]
-        evaluate.run_chunks(e, lambda _: None)
-        report = evaluate.write_report(e)
-        assert report["audit"]["passed"] is passed, report["audit"]
+        e = make_evaluation(Around(networks["max-pool"], change), tmp_path / str(passed), n=12, data=DIGITS, eps=0.02)
+        assert finish(e)["audit"]["passed"] is passed
 
 
 def test_chunks_that_the_audit_cannot_look_into_stand_beside_others(tmp_path, networks):
@@ -672,38 +734,22 @@ def test_chunks_that_the_audit_cannot_look_into_stand_beside_others(tmp_path, ne
     def break_down(m, x):
         return torch.where((x.mean((1, 2, 3)) > bright)[:, None], torch.nan, m(x))
 
-    e = make_evaluation(Around(networks["max-pool"], break_down), tmp_path, n=12, classes=10, eps=0.02, chunk=1)
-    order = pixels(DIGITS.test_images[:12]).mean((1, 2, 3)).argsort()
-    e.images, e.labels = DIGITS.test_images[order], DIGITS.test_labels[order]
-    evaluate.run_chunks(e, lambda _: None)
-    messages = evaluate.write_report(e)["audit"]["messages"]
-    assert any(re.match("[5-7] of 12 pictures have outputs that are not finite", message) for message in messages)
-    assert not any("not the derivative" in message for message in messages)
+    model = Around(networks["max-pool"], break_down)
+    messages = finish(make_evaluation(model, tmp_path, n=12, data=DIGITS, eps=0.02, chunk=1))["audit"]["messages"]
+    assert any(re.search("[5-7] of 12 pictures have outputs that are not finite", message) for message in messages)
+    assert not any(UNEXPLAINED in message for message in messages)
 
 
 def test_nan_in_the_middle_of_an_attack_fails_the_evaluation(tmp_path, networks):
     model = Around(networks["max-pool"], None)
     model.change = lambda m, x: m(x) * (torch.nan if model.calls % 7 == 5 and x.requires_grad and len(x) < 12 else 1.0)
-    e = make_evaluation(model, tmp_path, {"pgd-eot": ATTACKS["pgd-eot"]}, n=12, classes=10)
-    e.images, e.labels, e.double = DIGITS.test_images[:12], DIGITS.test_labels[:12], networks["max-pool"].double()
-    networks["max-pool"].float()
-    evaluate.run_chunks(e, lambda _: None)
-    assert any(
-        "pgd-eot: outputs or gradients were not finite" in m for m in evaluate.write_report(e)["audit"]["messages"]
-    )
-
-
-def test_a_false_claim_of_being_deterministic_is_refused(tmp_path):
-    e = make_evaluation(Coin(), tmp_path)
-    e.deterministic = True
-    with pytest.raises(ValueError, match="does not answer the same twice"):
-        evaluate.run_chunks(e, lambda _: None)
+    e = make_evaluation(model, tmp_path, {"pgd-eot": ATTACKS["pgd-eot"]}, n=12, data=DIGITS)
+    messages = finish(e)["audit"]["messages"]
+    assert any("pgd-eot: outputs or gradients were not finite" in message for message in messages)
 
 
 def test_points_of_the_audit_are_not_tied(tmp_path, networks):
     """Pictures with areas of one colour: at their corners of the ball a median filter's values are tied."""
-    e = make_evaluation(networks["median filter"], tmp_path, n=12, classes=10, eps=0.2)
-    e.images, e.labels = DIGITS.test_images[:12], DIGITS.test_labels[:12]
-    evaluate.run_chunks(e, lambda _: None)
-    assert evaluate.write_report(e)["audit"] == {"passed": True, "messages": [], "notes": []}
+    e = make_evaluation(networks["median filter"], tmp_path, n=12, data=DIGITS, eps=0.2)
+    assert finish(e)["audit"] == {"passed": True, "messages": []}
     assert random_point(pixels(e.images), 0.2).unique().numel() > 1000
