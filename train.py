@@ -23,7 +23,6 @@ import math
 import os
 import shlex
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -40,7 +39,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from tqdm import tqdm
 
 import data as datasets
 from attacks import adversarially_balanced_batch, format_eps, parse_eps, pgd
@@ -160,33 +158,28 @@ def choose_preset(name: str, given: dict) -> Preset:
     return p
 
 
-def fit_batches(p: Preset, stage: str, pictures: int, given: dict) -> Preset:
-    """The preset for a training set of so many pictures: where these make fewer than ten batches an epoch (the paper's
-    scenario a has ten), batches of a tenth of them, but not under 16 pictures. The learning rate falls with the batch:
-    for SGD in proportion (Goyal et al. 2017), for RAdam as its root (Malladi et al. 2022). Given numbers stay.
+def fit_batches(p: Preset, stage: str, data: datasets.Dataset, given: dict, processes: int) -> Preset:
+    """The preset for this training set. If it makes fewer than ten batches an epoch (the paper's scenario a has ten), a
+    batch gets a tenth of it, but not under 16 pictures. The learning rate falls with the batch: for SGD in proportion
+    (Goyal et al. 2017), for RAdam as its root (Malladi et al. 2022). Numbers that are given stay.
 
-    stage: "classifier_" or "" (the purifier), as the names of its numbers begin."""
+    stage: "classifier_" or "" (the purifier), as the names of its numbers begin. Raises ValueError where a batch is too
+    small for BatchNorm or the processes."""
     size_name, rate_name = f"{stage}batch_size", f"{stage}learning_rate"
-    usual_size, usual_rate = getattr(p, size_name), getattr(p, rate_name)
+    usual, rate = getattr(p, size_name), getattr(p, rate_name)
+    pictures = len(data.train_labels)
     size = max(16, math.ceil(pictures / 10))
-    if size_name in given or math.ceil(pictures / usual_size) >= 10 or size >= usual_size:
-        return p
-    power = 1 if stage == "classifier_" else 0.5
-    fitted_rate = float(f"{usual_rate * (size / usual_size) ** power:.2g}")
-    return dataclasses.replace(p, **{size_name: size, rate_name: given.get(rate_name, fitted_rate)})
+    if size_name in given or math.ceil(pictures / usual) >= 10 or size >= usual:
+        size = usual
+    if size < usual and rate_name not in given:
+        power = 1 if stage == "classifier_" else 0.5
+        rate = float(f"{rate * (size / usual) ** power:.2g}")
 
-
-def check_batches(p: Preset, stage: str, pictures: int, processes: int) -> None:
-    """Raises ValueError where a batch is too small for BatchNorm or the processes."""
-    size = getattr(p, f"{stage}batch_size")
     smallest = min(len(indices) for indices in datasets.batches(pictures, size, 0, 0))
     if smallest < max(2, processes):
-        option = name_option(f"{stage}batch_size")
+        option = "--" + size_name.replace("_", "-")
         raise ValueError(f"{option} {size} leaves a batch of {smallest} for {processes} process(es): enlarge it")
-
-
-def name_option(field: str) -> str:
-    return "--" + field.replace("_", "-")
+    return dataclasses.replace(p, **{size_name: size, rate_name: rate})
 
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
@@ -482,8 +475,12 @@ class Run:
     def say(self, text: str) -> None:
         self.last_line = time.monotonic()
         if self.ranks.is_first:
-            tqdm.write(text)
-            sys.stdout.flush()  # a file that it goes to is looked into, too
+            print(text, flush=True)  # a file that it goes to is looked into, too
+
+    def say_every_minute(self, text: str) -> None:
+        """Only where nothing was said for a minute."""
+        if time.monotonic() - self.last_line > 60:
+            self.say(text)
 
     def make_generator(self, stage: str, epoch: int, number: int) -> torch.Generator:
         """The random numbers of one step, the same on every rank, for whole global batches."""
@@ -509,7 +506,7 @@ class Run:
 
     def count_steps(self, batch_size: int) -> int:
         """Batches an epoch."""
-        return len(datasets.batches(len(self.labels), batch_size, 0, 0))
+        return math.ceil(len(self.labels) / batch_size)
 
     def autocast(self):
         """Inside, networks compute in bfloat16 where the preset asks for it."""
@@ -593,8 +590,7 @@ class Stage:
         order = datasets.batches(self.pictures, self.batch_size, self.run.seed, epoch)
         first = epoch * self.pictures + sum(len(indices) for indices in order[: self.step])
         self.began, self.first = time.monotonic(), first
-        quiet = None if self.run.ranks.is_first else True
-        for number in tqdm(range(self.step, len(order)), f"{self.name} {epoch}", leave=False, disable=quiet):
+        for number in range(self.step, len(order)):
             generator = self.run.make_generator(self.name, epoch, number)
             yield Batch(epoch, number, order[number], first, generator)
             first += len(order[number])
@@ -619,13 +615,13 @@ class Stage:
             raise Stopped(f"stopped at {self.name} epoch {self.epoch}, step {self.step}, and saved")
 
     def measure_speed(self, batch: Batch) -> None:
-        """Pictures a second and the time left, which is told every minute in which nothing else is said."""
+        """Pictures a second and the time left."""
         seen = batch.first + len(batch.indices)
         self.speed = (seen - self.first) / max(time.monotonic() - self.began, 1e-9)
         self.time_left = format_time((self.pictures * self.last_epoch - seen) / self.speed)
-        if time.monotonic() - self.run.last_line > 60:
-            steps = self.run.count_steps(self.batch_size)
-            self.run.say(f"{self.name}: epoch {self.epoch}, batch {self.step} of {steps}, {self.time_left} left")
+        steps = self.run.count_steps(self.batch_size)
+        place = f"{self.name}: epoch {self.epoch}, batch {self.step} of {steps}"
+        self.run.say_every_minute(f"{place}, {self.time_left} left")
 
     def save(self) -> None:
         self.last_save = time.monotonic()
@@ -741,30 +737,29 @@ def make_classifier(run: Run, classifier: WideResNet) -> None:
 def attack_batches(run: Run, classifier: nn.Module, batches, together: int | None = None):
     """Yield each batch with this rank's pictures of it (b, C, H, W), a share of which is attacked (section 4.4).
 
-    together: batches whose attacks are made in one call; the pictures are the same, up to rounding. Default: one; on a
-    GPU as many as give PGD 640 pictures, since a call with fewer leaves most of it idle."""
-    p = run.p
+    together: batches whose attacks are made in one call; the pictures are the same, up to rounding. Default: 1, but on
+    a GPU, most of which a small call leaves idle, as many as have 640 pictures for PGD."""
+    p, ranks = run.p, run.ranks
+    fraction = max(p.fraction, 0.01)
     if together is None:
-        together = 1
-        if run.ranks.device.type == "cuda" and run.ranks.count == 1:
-            together = max(1, round(2 * 640 / (p.fraction * p.batch_size)))
-    piece = run.micro_batch and math.ceil(run.micro_batch / max(p.fraction, 0.01))  # a call's memory: what it attacks
+        fill_a_gpu = round(2 * 640 / (fraction * p.batch_size))  # every other perturbed picture is PGD's
+        together = min(max(fill_a_gpu, 1), 16) if ranks.device.type == "cuda" and ranks.count == 1 else 1
+    at_once = run.micro_batch and math.ceil(run.micro_batch / fraction)  # memory goes to those that are attacked
     batches = iter(batches)
     while group := list(itertools.islice(batches, together)):
         pictures = [run.load_pictures(batch) for batch in group]
         x, y = (torch.cat(parts) for parts in zip(*pictures))
         noise = torch.cat([run.draw_noise(batch) for batch in group])
-        first = group[0].first + int(run.ranks.share(torch.arange(len(group[0].indices)))[0])
-        attacked = []
+        first = group[0].first + int(ranks.share(torch.arange(len(group[0].indices)))[0])
         with run.autocast():
-            for rows in split_rows(len(x), piece):
-                number = first + int(rows[0])
-                attacked.append(adversarially_balanced_batch(
+            attacked = torch.cat([
+                adversarially_balanced_batch(
                     classifier, x[rows], y[rows], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
-                    first=number, noise=noise[rows],
-                ))  # fmt: skip
-        sizes = [len(labels) for _, labels in pictures]
-        yield from zip(group, torch.cat(attacked).split(sizes))
+                    first=first + int(rows[0]), noise=noise[rows],
+                )
+                for rows in split_rows(len(x), at_once)
+            ])  # fmt: skip
+        yield from zip(group, attacked.split([len(labels) for _, labels in pictures]))
 
 
 @torch.no_grad()
@@ -777,9 +772,8 @@ def record_piecewise(classifier: nn.Module, layers: list[str], x: torch.Tensor, 
     for rows in split_rows(len(x), micro_batch):
         _, pieces = record(classifier, layers, x[rows])
         if not whole:
-            shapes = [(len(x), *piece.shape[1:]) for piece in pieces]
             how = dict(device=x.device, memory_format=torch.channels_last)
-            whole = [torch.empty(shape, dtype=piece.dtype, **how) for shape, piece in zip(shapes, pieces)]
+            whole = [torch.empty((len(x), *piece.shape[1:]), dtype=piece.dtype, **how) for piece in pieces]
         for layer, piece in zip(whole, pieces):
             layer[rows[0] : rows[-1] + 1] = piece
     return whole
@@ -797,14 +791,12 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
 
     parts = {"purifier": purifier, "lookahead": lookahead}
     stage = Stage(run, "purifier", p.epochs, p.batch_size, parts, ("loss", "bce", "kld"))
+    carso.train()  # but for its classifier, which stays frozen and in eval mode
     for epoch in stage.epochs():
         for batch, perturbed in perturb(run, carso.classifier, stage.batches(epoch)):
             at = schedule_epoch(epoch, batch.number, steps, p)
             lookahead.optimizer.param_groups[0]["lr"] = learning_rate(at, p)
-            carso.train()  # but for its classifier, which stays frozen and in eval mode
-            reconstruction, mu, logvar = reconstruct(run, carso, network, batch, perturbed)
-            clean, _ = run.load_pictures(batch)
-            loss, bce, kld = vae_loss(reconstruction, clean, mu, logvar, kl_weight(at, p))
+            loss, bce, kld = compute_losses(run, carso, network, batch, perturbed, kl_weight(at, p))
             lookahead.optimizer.zero_grad()
             (loss * ranks.count).backward()  # DDP averages over ranks: this is the global batch's sum
             lookahead.step()
@@ -817,22 +809,20 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
         stage = Stage(run, "batchnorm", 1, p.batch_size, {"purifier": purifier}, ("loss", "bce", "kld"))
         for epoch in stage.epochs():
             for batch, perturbed in perturb(run, carso.classifier, stage.batches(epoch)):
-                carso.train()
-                reconstruction, mu, logvar = reconstruct(run, carso, network, batch, perturbed)
-                clean, _ = run.load_pictures(batch)
-                stage.add(batch, torch.stack(vae_loss(reconstruction, clean, mu, logvar, 1.0)))
+                stage.add(batch, torch.stack(compute_losses(run, carso, network, batch, perturbed, beta=1.0)))
     carso.eval()
 
 
-def reconstruct(run: Run, carso: CARSO, network: nn.Module, batch: Batch, perturbed: torch.Tensor):
-    """The training pass of this rank's perturbed pictures (b, C, H, W) through the purifier, which `network` wraps:
-    reconstruction (b, C, H, W), mu and logvar (b, Z), in float32."""
+def compute_losses(run: Run, carso: CARSO, network: nn.Module, batch: Batch, perturbed: torch.Tensor, beta: float):
+    """`vae_loss` of this rank's part of a batch, perturbed (b, C, H, W). network: the purifier, wrapped by `Ranks`."""
+    clean, _ = run.load_pictures(batch)
     shape = (len(batch.indices), run.p.latent_dim)
     noise = torch.randn(shape, generator=batch.generator, device=run.ranks.device)
     with run.autocast():
         representation = record_piecewise(carso.classifier, carso.layers, perturbed, run.micro_batch)
         outputs = network(perturbed, representation, run.ranks.share(noise))
-    return [output.float() for output in outputs]
+    reconstruction, mu, logvar = (output.float() for output in outputs)
+    return vae_loss(reconstruction, clean, mu, logvar, beta)
 
 
 def draw_reconstructions(run: Run, carso: CARSO, epoch: int) -> None:
@@ -900,8 +890,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         kind = {"action": argparse.BooleanOptionalAction}
         if field.type is not bool:
             kind = {"type": {int: int, float: parse_eps}[field.type], "metavar": field.type.__name__}
+        option = "--" + field.name.replace("_", "-")
         defaults = ", ".join(f"{name} {getattr(preset, field.name):g}" for name, preset in PRESETS.items())
-        group.add_argument(name_option(field.name), help=f"{field.metadata['meaning']} ({defaults})", **kind)
+        group.add_argument(option, help=f"{field.metadata['meaning']} ({defaults})", **kind)
     args = parser.parse_args(argv)
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError(f"--micro-batch {args.micro_batch} is not 1 or more")
@@ -942,19 +933,14 @@ def plan_training(args: argparse.Namespace, data: datasets.Dataset, given: WideR
                 raise ValueError(f"--{name} {numbers[name]} is not that of --classifier, {size}: leave it out")
         numbers |= sizes
     is_known = data.name in PRESETS
-    if not args.preset and not is_known and ranks.is_first:
-        print("the preset is cifar10's: a network for a GPU; --preset digits has a small one")
     usual = choose_preset(args.preset or (data.name if is_known else "cifar10"), numbers)
-
-    pictures = len(data.train_labels)
-    p = usual
-    for stage in ("classifier_", ""):
-        p = fit_batches(p, stage, pictures, numbers)
-        check_batches(p, stage, pictures, ranks.count)
-        size = getattr(p, f"{stage}batch_size")
-        if size != getattr(usual, f"{stage}batch_size") and ranks.is_first:
-            option = name_option(f"{stage}batch_size")
-            print(f"{option} {size} for ten batches an epoch of {pictures} pictures; its learning rate falls with it")
+    p = fit_batches(usual, "classifier_", data, numbers, ranks.count)
+    p = fit_batches(p, "", data, numbers, ranks.count)
+    if ranks.is_first and not args.preset and not is_known:
+        print("the preset is cifar10's: a network for a GPU; --preset digits has a small one")
+    if ranks.is_first and p != usual:
+        sizes = f"--classifier-batch-size {p.classifier_batch_size} and --batch-size {p.batch_size}"
+        print(f"{sizes}, for ten batches an epoch of {len(data.train_labels)} pictures; learning rates fall with them")
     return p
 
 

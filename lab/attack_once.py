@@ -12,7 +12,6 @@ import functools
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data as datasets
 import train
@@ -51,7 +50,8 @@ def attack_training_set(versions: int, run: Run, classifier: nn.Module) -> torch
     differences = torch.zeros((versions, *run.images.shape), dtype=torch.float16)
     chunks = [(version, part) for version in range(versions) for part in torch.arange(len(run.labels)).split(CHUNK)]
     run.say(f"attack: {versions} version(s) of {len(run.labels)} pictures")
-    for version, part in tqdm(chunks[ranks.rank :: ranks.count], "attack", leave=False, disable=None):
+    for number, (version, part) in enumerate(chunks[ranks.rank :: ranks.count]):
+        run.say_every_minute(f"attack: chunk {number * ranks.count} of {len(chunks)}")
         path = run.folder / "attacked" / f"{version}-{int(part[0]):07}.pt"
         if not path.is_file():
             x, y = datasets.pixels(run.images[part]), run.labels[part]

@@ -28,7 +28,6 @@ from train import (
     Preset,
     Run,
     Stage,
-    check_batches,
     draw_reconstructions,
     finish,
     fit_batches,
@@ -181,8 +180,7 @@ def main(argv=None) -> int:
     numbers = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "eps", "bf16")}
     numbers = {name: number for name, number in numbers.items() if number is not None}
     p = Preset(**earlier | usual | {"learning_rate": 1e-3} | numbers)
-    p = fit_batches(p, "", len(data.train_labels), numbers)
-    check_batches(p, "", len(data.train_labels), ranks.count)
+    p = fit_batches(p, "", data, numbers, ranks.count)
 
     folder = name_folder(dataset, args.name, "-end-to-end")
     training = {name: getattr(args, name) for name in ("attack_steps", "samples", "reconstruction")}
