@@ -649,9 +649,10 @@ def format_time(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
-def split_rows(pictures: int, at_once: int | None) -> tuple[torch.Tensor, ...]:
-    """The indices of so many pictures, in pieces of `at_once`; None: in one."""
-    return torch.arange(pictures).split(at_once or pictures)
+def split_rows(pictures: int, at_once: int | None) -> list[slice]:
+    """So many pictures in pieces of `at_once`; None: in one."""
+    at_once = at_once or pictures
+    return [slice(begin, begin + at_once) for begin in range(0, pictures, at_once)]
 
 
 # ---------------------------------------------------------------------------------------- stage one: the classifier
@@ -755,7 +756,7 @@ def attack_batches(run: Run, classifier: nn.Module, batches, together: int | Non
             attacked = torch.cat([
                 adversarially_balanced_batch(
                     classifier, x[rows], y[rows], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
-                    first=first + int(rows[0]), noise=noise[rows],
+                    first=first + rows.start, noise=noise[rows],
                 )
                 for rows in split_rows(len(x), at_once)
             ])  # fmt: skip
@@ -775,7 +776,7 @@ def record_piecewise(classifier: nn.Module, layers: list[str], x: torch.Tensor, 
             how = dict(device=x.device, memory_format=torch.channels_last)
             whole = [torch.empty((len(x), *piece.shape[1:]), dtype=piece.dtype, **how) for piece in pieces]
         for layer, piece in zip(whole, pieces):
-            layer[rows[0] : rows[-1] + 1] = piece
+            layer[rows] = piece
     return whole
 
 

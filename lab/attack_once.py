@@ -58,7 +58,7 @@ def attack_training_set(versions: int, run: Run, classifier: nn.Module) -> torch
             generator = run.make_generator("attack", version, int(part[0]))
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1
             for rows in split_rows(len(x), run.micro_batch):
-                first = int(part[0]) + version + int(rows[0])
+                first = int(part[0]) + version + rows.start
                 with run.autocast():
                     attacked = adversarially_balanced_batch(
                         classifier, x[rows], y[rows], p.eps, 1.0, p.attack_steps, p.attack_step_size,

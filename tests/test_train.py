@@ -4,8 +4,10 @@ two processes, with wrong input."""
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -21,7 +24,10 @@ import torch
 import torch.distributed as dist
 from conftest import DEVICE, ROOT, golden, uniform
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import data as datasets
 import models
@@ -346,6 +352,79 @@ def test_a_second_signal_interrupts_unless_it_is_an_echo(tmp_path, monkeypatch, 
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+class Memory(TorchDispatchMode):
+    """Inside, counts the bytes of the tensors that are made and still alive, and the most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.count, out)
+        return out
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
+        return tensor
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def test_a_representation_made_in_pieces_is_held_once():
+    classifier, layers = WideResNet(10, 16, 2), representation_layers(16)
+    x = torch.rand(64, 3, 32, 32)
+    whole = train.record_piecewise(classifier.eval(), layers, x, None)
+    with Memory() as memory:
+        pieces = train.record_piecewise(classifier, layers, x, 4)
+    assert_close(pieces, whole)
+    assert memory.peak < 1.3 * sum(layer.nbytes for layer in whole)
+
+
+def commands_for_cifar10() -> list[str]:
+    readme = (ROOT / "README.md").read_text()
+    return re.findall(r"^(?:torchrun|python) .*train\.py.*--dataset cifar10.*$", readme, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands_for_cifar10())
+def test_the_readmes_commands_fit_into_the_memory_of_a_gpu(command):
+    """A step of stage two, on tensors of which only the sizes are real. A line that names 24 GB is for such a card, the
+    others are for 80 GB; cuDNN and CUDA want some, too."""
+    processes = int((re.findall(r"nproc_per_node=(\d+)", command) or [1])[0])
+    options = command.partition("train.py")[2].partition("#")[0].split()
+    args = train.parse_arguments(options)
+    numbers = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)}
+    p = train.choose_preset("cifar10", {name: number for name, number in numbers.items() if number is not None})
+
+    classifier = WideResNet(10, p.depth, p.width)
+    layers = representation_layers(p.depth)
+    sizes = p.samples, p.condition_dim, p.latent_dim, p.decoder_width
+    carso = purifier.build_carso(classifier, layers, (3, 32, 32), *sizes).train()
+    carso.purifier.recompute = args.micro_batch is not None
+    batch = p.batch_size // processes
+    with FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
+        x = torch.rand(batch, 3, 32, 32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=p.bf16):
+            representation = train.record_piecewise(classifier, layers, x, args.micro_batch)
+            outputs = carso.purifier(x, representation, torch.randn(batch, p.latent_dim))
+        sum(output.float().sum() for output in outputs).backward()
+    weights = sum(parameter.nbytes for parameter in carso.parameters())
+    gigabytes = (memory.peak + 4 * weights) / 1e9  # beside the weights: RAdam's two averages, the slow ones
+    print(f"{command}: {gigabytes:.1f} GB")
+    assert gigabytes < (20 if "24 GB" in command else 75)
+
+
 # ----------------------------------------------------------------------------------------------------- the real script
 
 # Nothing but rounding tells one process from two: eps is tiny, since the sign of a gradient makes a rounding a step of
@@ -627,6 +706,50 @@ def test_less_memory_and_less_precision_change_roundings_only(folder, monkeypatc
     else:
         assert not reduced and ("checkpoint", False) in seen  # the purifier's activations are computed twice
         assert_same(whole, run, close=CLOSE)
+
+
+def write_cifar10(folder) -> None:
+    """Some pictures as torchvision keeps CIFAR-10's, and a module that makes it believe in them."""
+    data = folder / "data" / "cifar-10-batches-py"
+    data.mkdir(parents=True)
+    rng, labels = np.random.default_rng(0), np.arange(192) % 10
+    pictures = (20 * labels[:, None] + rng.integers(0, 60, (192, 3072))).astype(np.uint8)
+    files = {
+        "data_batch_1": {"data": pictures[:160], "labels": labels[:160].tolist()},
+        "test_batch": {"data": pictures[160:], "labels": labels[160:].tolist()},
+        "batches.meta": {"label_names": list("abcdefghij")},
+    }
+    hashes = {}
+    for name, content in files.items():
+        (data / name).write_bytes(pickle.dumps(content))
+        hashes[name] = hashlib.md5((data / name).read_bytes()).hexdigest()
+    (folder / "sitecustomize.py").write_text(f"""
+from torchvision.datasets import CIFAR10
+hashes = {hashes}
+CIFAR10.train_list = [["data_batch_1", hashes["data_batch_1"]]]
+CIFAR10.test_list = [["test_batch", hashes["test_batch"]]]
+CIFAR10.meta["md5"] = hashes["batches.meta"]
+""")
+
+
+@pytest.mark.slow
+def test_the_cards_own_line_on_eight_processes(tmp_path, monkeypatch):
+    """As one process would train and evaluate, but for the order of summation."""
+    write_cifar10(tmp_path)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=8".split()
+    small = ["--depth", 10, "--width", 1, "--classifier-epochs", 1, *TINY[TINY.index("--attack-steps") :]]
+    training = ["--dataset", "cifar10", "--epochs", 1, *small, "--device", "cpu"]
+    said = execute(tmp_path, *torchrun, ROOT / "train.py", *training)
+    assert "cifar10: 160 training pictures (3, 32, 32), 10 classes; 8 process(es) on cpu" in said
+    execute(tmp_path, ROOT / "train.py", *training, "--name", "alone")
+    assert_same(tmp_path / "runs" / "alone", tmp_path / "runs" / "cifar10", close=1e-3)
+
+    numbers = "--attack rand --pictures 16 --chunk 2 --steps 2 --eot 1 --select 2 --draws 2 --device cpu".split()
+    evaluation = [ROOT / "evaluate.py", "--ckpt", "runs/cifar10/carso.pt", *numbers]
+    execute(tmp_path, *torchrun, *evaluation, "--out", "eight")
+    execute(tmp_path, *evaluation, "--out", "one")
+    assert (tmp_path / "eight" / "rows.tsv").read_text() == (tmp_path / "one" / "rows.tsv").read_text()
 
 
 # --------------------------------------------------------------------------------------------------------- the options
