@@ -2,7 +2,8 @@
 
     python train.py                                                    # digits, a laptop, minutes
     python train.py --dataset mine.npz --preset cifar10 --epochs 50    # your own pictures; options override the preset
-    torchrun --nproc_per_node=8 train.py --dataset cifar10             # the paper's scenario a on one node
+    python train.py --dataset cifar10 --micro-batch 640 --bf16         # the paper's scenario a on one GPU of 80 GB
+    torchrun --nproc_per_node=8 train.py --dataset cifar10             # the same on eight
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --dataset cifar10
 
 Everything lands in runs/NAME: carso.pt (all that evaluate.py needs), classifier.pt, log-STAGE.tsv (means over the epoch
@@ -253,12 +254,14 @@ def averaging_batchnorm(network: nn.Module):
     weights are the result, but the statistics collected on the way belong to the fast ones."""
     layers = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
-    yield
-    for layer, momentum in zip(layers, momenta):
-        layer.momentum = momentum
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative average
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum
 
 
 # ---------------------------------------------------------------------------------- many processes that act as one
