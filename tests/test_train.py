@@ -471,7 +471,7 @@ models.run_script({script!r}, lambda: {script}.main(sys.argv[1:]))
         return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT | variables, stdout=file, stderr=subprocess.STDOUT)
 
 
-def pair(folders, *options, patches=("", ""), script="train") -> list[int]:
+def pair(folders, *options, patches=("", ""), script="train", local_ranks="01") -> list[int]:
     """Statuses of two processes that act as one, by torchrun's variables. They say all into said-RANK.txt."""
     if DEVICE == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("two processes want a GPU each")
@@ -480,7 +480,7 @@ def pair(folders, *options, patches=("", ""), script="train") -> list[int]:
     variables |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
     processes = []
     for rank, folder in enumerate(folders):
-        own = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        own = {"RANK": f"{rank}", "LOCAL_RANK": local_ranks[rank]}
         how = dict(script=script, patch=patches[rank], said=f"said-{rank}.txt")
         processes.append(start(folder, *options, **how, **variables, **own))
     return [process.wait(timeout=100) for process in processes]
@@ -661,25 +661,35 @@ def test_two_processes_without_a_shared_folder_stop_and_go_on_in_any_number(fold
     assert_same(folder / "runs" / "whole", tmp_path / "runs" / "tiny", close=CLOSE)
 
 
-@pytest.mark.parametrize("what", ["data", "weights", "missing data"])
-def test_processes_that_differ_are_refused_by_one_of_them(folder, tmp_path, what):
+def test_processes_with_other_data_or_weights_are_refused_by_the_first(tmp_path):
+    folders = tmp_path / "here", tmp_path / "elsewhere"
+    normalisation = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.5])}
+    for each in folders:
+        each.mkdir()
+        write_tiny(each)
+        models.save_tensors(each / "given.pt", {"state_dict": WideResNet(3, 10, 1, 1).state_dict() | normalisation})
+    arrays = dict(np.load(folders[1] / "tiny.npz"))
+    np.savez(folders[1] / "tiny.npz", **arrays | {"train_images": 255 - arrays["train_images"]})
+    assert pair(folders, *OPTIONS, "--classifier", "given.pt") == [2, 2]
+    one, other = said_by(folders)
+    here, there = r"\w+ in process 0", r"\w+ in process 1"
+    assert re.match(
+        rf"train: the processes differ \(data: {here}, {there}; weights: {here}, {there}\): give all", one[-1]
+    )
+    assert other == [] and not any((each / "runs").exists() for each in folders)
+
+
+@pytest.mark.parametrize("missing, local_ranks", [(0, "01"), (1, "00")])
+def test_the_process_that_fails_to_load_for_its_machine_speaks_alone(tmp_path, missing, local_ranks):
+    """Two processes of one machine, where only the first may try; one process on each of two machines."""
     folders = tmp_path / "here", tmp_path / "elsewhere"
     for rank, each in enumerate(folders):
         each.mkdir()
-        write_tiny(each)
-        torch.manual_seed(rank if what == "weights" else 0)
-        normalisation = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.5])}
-        models.save_tensors(each / "given.pt", {"state_dict": WideResNet(3, 10, 1, 1).state_dict() | normalisation})
-    arrays = dict(np.load(folder / "tiny.npz"))
-    if what == "data":
-        np.savez(folders[1] / "tiny.npz", **arrays | {"train_images": 255 - arrays["train_images"]})
-    if what == "missing data":
-        (folders[0] / "tiny.npz").unlink()
-    assert pair(folders, *OPTIONS, "--classifier", "given.pt") == [2, 2]
-    one, other = said_by(folders)
-    sentence = rf"train: the processes differ \({what}: \w+ in process 0, \w+ in process 1\): give all the same"
-    assert re.match("train: tiny.npz is none of" if what == "missing data" else sentence, one[-1])
-    assert other == [] and not any((each / "runs").exists() for each in folders)
+        if rank != missing:
+            write_tiny(each)
+    assert pair(folders, *OPTIONS, local_ranks=local_ranks) == [2, 2]
+    said = said_by(folders)
+    assert said[missing][-1].startswith("train: tiny.npz is none of") and said[1 - missing] == []
 
 
 @pytest.mark.parametrize("how", [["--micro-batch", "4"], ["--bf16"]])
