@@ -1,6 +1,7 @@
 """The shape of the repository, and what the README says of it: imports, tables, links, the code that it prints."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -88,7 +89,7 @@ def test_the_own_classifier_of_the_readme_is_trained_and_attacked(tmp_path):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     code = code.replace("epochs=8", "epochs=1").replace("[:100]", "[:5]").replace("steps=20", "steps=2")
-    how = dict(cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    how = dict(cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
     done = subprocess.run([sys.executable, "-i", "-q"], input=code, **how)
     assert "Error" not in done.stderr, done.stderr
     for model in ("the classifier", "CARSO"):

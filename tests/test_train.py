@@ -342,14 +342,14 @@ def test_a_folder_belongs_to_one_network_one_data_set_and_one_preset(tmp_path):
 ])  # fmt: skip
 def test_a_second_signal_interrupts_unless_it_is_an_echo(tmp_path, monkeypatch, first, second, later, waits):
     """torchrun passes a SIGTERM on to processes that may have received it themselves."""
-    run, now = some_run(tmp_path), 100.0
+    run, now, before = some_run(tmp_path), 100.0, signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
     with contextlib.nullcontext() if waits else pytest.raises(KeyboardInterrupt), run.stopping_gently():
         signal.raise_signal(signal.Signals[first])
         assert run.stopping
         now += later
         signal.raise_signal(signal.Signals[second])
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
