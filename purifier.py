@@ -362,7 +362,7 @@ def load_carso(path, device="cpu", kind: type[CARSO] = CARSO) -> tuple[CARSO, di
     kind: CARSO, or a class derived from it, which takes files of both.
     Raises ValueError if the file is missing, cannot be opened, or holds no CARSO of this kind."""
     content = load_tensors(path)
-    if "purifier_weights" not in content:
+    if "purifier_weights" not in content or "kind" not in content:
         raise ValueError(f"{path} is not a CARSO (train.py writes one as runs/NAME/carso.pt)")
     if content["kind"] not in (CARSO.__name__, kind.__name__):
         raise ValueError(f"{path} holds an {content['kind']}, which is evaluated by python -m lab.evaluate")

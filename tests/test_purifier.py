@@ -294,6 +294,7 @@ def test_other_files_are_refused_by_one_sentence(tiny_carso, tmp_path):
         (b"nonsense", f"{path} .*is it whole"),
         (whole[:-100], f"{path} .*is it whole"),
         (changed(lambda c: c.pop("purifier_weights")), f"{path} is not a CARSO"),
+        (changed(lambda c: c.pop("kind")), f"{path} is not a CARSO"),
         (changed(lambda c: c["classifier_weights"].popitem()), unfit + "do not fit.*Missing"),
         (changed(lambda c: c.update(classifier_weights=[1])), unfit + "do not fit"),
         (changed(lambda c: c["purifier_weights"].update({"to_mu.bias": "text"})), unfit + "do not fit.*to_mu.bias"),
