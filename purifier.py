@@ -18,7 +18,6 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 (B, c_i, h_i, w_i).
 """
 
-import math
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -237,13 +236,11 @@ class CARSO(nn.Module):
         layers: names of the tapped layers, one for each of the purifier's representation_shapes.
         samples: S, reconstructions a picture (paper: 8). 0: one, of z = 0 (the authors' ensemble_size = 0).
         final: another classifier, to label the reconstructions; None: the one that looks at the picture (the paper's).
-        own_answer: share in [0, 1) of each member that is the classifier's answer to the picture itself, which the
-            recording gives for free (ours, for training end to end; 0, the paper's: it sees the reconstruction only).
     """
 
     def __init__(
         self, classifier: nn.Module, purifier: Purifier, layers: list[str], samples: int = 8, seed: int = 0,
-        own_answer: float = 0.0, final: nn.Module | None = None,
+        final: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
         if len(layers) != len(purifier.config["representation_shapes"]):
@@ -252,12 +249,10 @@ class CARSO(nn.Module):
             )
         if samples < 0:
             raise ValueError(f"samples, the reconstructions a picture, are 0 or more, not {samples}")
-        if not 0 <= own_answer < 1:
-            raise ValueError(f"the own answer's share is at least 0 and less than 1, not {own_answer:g}")
         self.classifier = classifier.requires_grad_(False)
         self.final = None if final is None else final.requires_grad_(False)
         self.purifier = purifier
-        self.layers, self.samples, self.own_answer = list(layers), samples, own_answer
+        self.layers, self.samples = list(layers), samples
         self.manual_seed(seed)
         self.eval()
 
@@ -291,26 +286,17 @@ class CARSO(nn.Module):
         (B, S, K).
 
         The classifier and the condition encoder run once for each picture, however many members z asks for."""
-        z = self.draw(x, self.samples) if z is None else z
-        own_logits, condition = self._look(x)
-        reconstructions = self._paint(z, condition)
-        logits = self.labeller(reconstructions.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, S, K)
-        if share := self.own_answer:  # exp(logit) becomes the weighted mean of the two, like the paper's sum
-            own = own_logits[:, None].expand_as(logits)
-            logits = torch.logaddexp(logits + math.log(1 - share), own + math.log(share))
-        return reconstructions, logits
+        reconstructions = self.purify(x, z)
+        members = reconstructions.shape[:2]
+        return reconstructions, self.labeller(reconstructions.flatten(0, 1)).unflatten(0, members)
 
     def purify(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, C, H, W), z (B, S, Z) or None to draw it -> reconstructions (B, S, C, H, W)."""
         z = self.draw(x, self.samples) if z is None else z
-        return self._paint(z, self._look(x)[1])
+        _, representation = record(self.classifier, self.layers, x)
+        return self.decode(z, self.purifier.condition(representation))
 
-    def _look(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The classifier's own logits (B, K), and the condition (B, D)."""
-        own_logits, representation = record(self.classifier, self.layers, x)
-        return own_logits, self.purifier.condition(representation)
-
-    def _paint(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """z (B, S, Z), condition (B, D) -> reconstructions (B, S, C, H, W)."""
         condition = condition.repeat_interleave(z.shape[1], dim=0)  #              (B S, D)
         return self.purifier.decode(z.flatten(0, 1), condition).unflatten(0, z.shape[:2])
@@ -355,14 +341,13 @@ def build_carso(
 
 def save_carso(path, carso: CARSO, **state) -> None:
     """One file that needs nothing else: constructors' arguments, weights, and `state`, which may hold plain types and
-    tensors only. Raises ValueError for a classifier that is no WideResNet, OSError where the file cannot be written."""
-    networks = {"classifier": carso.classifier, "purifier": carso.purifier, "final": carso.final}
-    for name, network in networks.items():
-        if network is not None and not isinstance(network, (WideResNet, Purifier)):
-            raise ValueError(f"{path}: the {name} is no WideResNet and cannot be built again: keep its state_dict()")
-    content = {"layers": carso.layers, "samples": carso.samples, "own_answer": carso.own_answer, "state": state}
-    content |= {name: network and network.config for name, network in networks.items()}
-    content |= {f"{name}_weights": network and network.state_dict() for name, network in networks.items()}
+    tensors only. Raises ValueError for a classifier that is no WideResNet, or a second one, OSError where the file
+    cannot be written."""
+    if not isinstance(carso.classifier, WideResNet) or carso.final is not None:
+        raise ValueError(f"{path}: only a CARSO around one WideResNet can be built again: keep the parts' state_dict()")
+    content = {"kind": type(carso).__name__, "layers": carso.layers, "samples": carso.samples, "state": state}
+    for name, network in (("classifier", carso.classifier), ("purifier", carso.purifier)):
+        content |= {name: network.config, f"{name}_weights": network.state_dict()}
     save_tensors(path, content)
 
 
@@ -371,20 +356,22 @@ def is_carso(path) -> bool:
     return "purifier_weights" in load_tensors(path)
 
 
-def load_carso(path, device="cpu") -> tuple[CARSO, dict]:
+def load_carso(path, device="cpu", kind: type[CARSO] = CARSO) -> tuple[CARSO, dict]:
     """The defence that `save_carso` wrote, in eval mode on `device`, and its `state`. No code of the file is run.
 
-    Raises ValueError if the file is missing, cannot be opened, or is no CARSO."""
+    kind: CARSO, or a class derived from it, which takes files of both.
+    Raises ValueError if the file is missing, cannot be opened, or holds no CARSO of this kind."""
     content = load_tensors(path)
-    if "purifier_weights" not in content:
+    if "purifier_weights" not in content or "kind" not in content:
         raise ValueError(f"{path} is not a CARSO (train.py writes one as runs/NAME/carso.pt)")
-    networks = {}
-    for name, kind in (("classifier", WideResNet), ("purifier", Purifier), ("final", WideResNet)):
-        networks[name] = content[name] and kind(**content[name])
-        if networks[name] is not None:
-            load_weights(networks[name], content[f"{name}_weights"], path)
-    rest = {name: content[name] for name in ("layers", "samples", "own_answer")}
-    return CARSO(**networks, **rest).to(device), content["state"]
+    if content["kind"] not in (CARSO.__name__, kind.__name__):
+        raise ValueError(f"{path} holds an {content['kind']}, which is evaluated by python -m lab.evaluate")
+    classifier = WideResNet(**content["classifier"])
+    load_weights(classifier, content["classifier_weights"], path)
+    purifier = Purifier(**content["purifier"])
+    load_weights(purifier, content["purifier_weights"], path)
+    carso = kind(classifier, purifier, content["layers"], content["samples"])
+    return carso.to(device), content["state"]
 
 
 PUBLISHED_PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")

@@ -2,7 +2,8 @@
 
     python train.py                                                    # digits, a laptop, minutes
     python train.py --dataset mine.npz --preset cifar10 --epochs 50    # your own pictures; options override the preset
-    torchrun --nproc_per_node=8 train.py --dataset cifar10             # the paper's scenario a on one node
+    python train.py --dataset cifar10 --micro-batch 640 --bf16         # the paper's scenario a on one GPU of 80 GB
+    torchrun --nproc_per_node=8 train.py --dataset cifar10             # the same on eight
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --dataset cifar10
 
 Everything lands in runs/NAME: carso.pt (all that evaluate.py needs), classifier.pt, log-STAGE.tsv (means over the epoch
@@ -14,17 +15,22 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import fnmatch
 import hashlib
+import itertools
 import math
 import os
+import shlex
 import signal
-import sys
+import threading
 import time
 import warnings
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -33,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import data as datasets
 from attacks import adversarially_balanced_batch, format_eps, parse_eps, pgd
@@ -132,22 +138,20 @@ PRESETS = {
 }  # fmt: skip
 
 
-def choose_preset(name: str, args: argparse.Namespace) -> Preset:
-    """A row of PRESETS with the command line's changes. A shorter or longer run keeps the schedule's proportions.
+def choose_preset(name: str, given: dict) -> Preset:
+    """A row of PRESETS with the given numbers. A shorter or longer run keeps the schedule's proportions.
 
     Raises ValueError for a number out of its bounds, or a schedule that does not fit into the training."""
-    usual, given = PRESETS[name], {}
-    for field in dataclasses.fields(Preset):
-        if getattr(args, field.name) is not None:
-            given[field.name] = getattr(args, field.name)
+    usual = PRESETS[name]
     epochs = given.get("epochs", usual.epochs)
+    scaled = {}
     if epochs != usual.epochs:
-        scale = lambda knot: max(1, getattr(usual, knot) * epochs // usual.epochs)  # noqa: E731
-        scaled = {knot: scale(knot) for knot in ("warmup", "plateau", "kl_from", "kl_to")}
-        if epochs == 1:
-            scaled |= {"plateau": 0, "kl_from": 0, "kl_to": 0}  # no second epoch for the KL weight to grow in
-        given = scaled | given
-    p = dataclasses.replace(usual, **given)
+        for knot in ("warmup", "plateau", "kl_from", "kl_to"):
+            scaled[knot] = max(1, getattr(usual, knot) * epochs // usual.epochs)
+    if epochs == 1:
+        scaled |= {"plateau": 0, "kl_from": 0, "kl_to": 0}  # no second epoch for the KL weight to grow in
+    p = dataclasses.replace(usual, **scaled | given)
+
     if p.warmup + p.plateau > p.epochs:
         raise ValueError(f"--warmup {p.warmup} and --plateau {p.plateau} are longer than the {p.epochs} epochs")
     if not p.kl_from <= p.kl_to <= p.epochs:
@@ -155,19 +159,28 @@ def choose_preset(name: str, args: argparse.Namespace) -> Preset:
     return p
 
 
-def fit_batches(p: Preset, count: int, args: argparse.Namespace) -> Preset:
-    """The preset for a training set of `count` pictures: where these make fewer than ten batches an epoch (the paper's
-    scenario a has ten), batches of a tenth of them, but not under 16 pictures. The rates fall with the batch: for SGD
-    in proportion (Goyal et al. 2017), for RAdam as its root (Malladi et al. 2022). What `args` give stays."""
-    changed = {}
-    for stage, power in (("classifier_", 1), ("", 0.5)):
-        size, rate = f"{stage}batch_size", f"{stage}learning_rate"
-        usual, fitted = getattr(p, size), max(16, math.ceil(count / 10))
-        if getattr(args, size) is None and math.ceil(count / usual) < 10 and fitted < usual:
-            changed[size] = fitted
-            if getattr(args, rate) is None:
-                changed[rate] = float(f"{getattr(p, rate) * (fitted / usual) ** power:.2g}")
-    return dataclasses.replace(p, **changed)
+def fit_batches(p: Preset, stage: str, data: datasets.Dataset, given: dict, processes: int) -> Preset:
+    """The preset for this training set. If it makes fewer than ten batches an epoch (the paper's scenario a has ten), a
+    batch gets a tenth of it, but not under 16 pictures. The learning rate falls with the batch: for SGD in proportion
+    (Goyal et al. 2017), for RAdam as its root (Malladi et al. 2022). Numbers that are given stay.
+
+    stage: "classifier_" or "" (the purifier), as the names of its numbers begin. Raises ValueError where a batch is too
+    small for BatchNorm or the processes."""
+    size_name, rate_name = f"{stage}batch_size", f"{stage}learning_rate"
+    usual, rate = getattr(p, size_name), getattr(p, rate_name)
+    pictures = len(data.train_labels)
+    size = max(16, math.ceil(pictures / 10))
+    if size_name in given or math.ceil(pictures / usual) >= 10 or size >= usual:
+        size = usual
+    if size < usual and rate_name not in given:
+        power = 1 if stage == "classifier_" else 0.5
+        rate = float(f"{rate * (size / usual) ** power:.2g}")
+
+    smallest = min(len(indices) for indices in datasets.batches(pictures, size, 0, 0))
+    if smallest < max(2, processes):
+        option = "--" + size_name.replace("_", "-")
+        raise ValueError(f"{option} {size} leaves a batch of {smallest} for {processes} process(es): enlarge it")
+    return dataclasses.replace(p, **{size_name: size, rate_name: rate})
 
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
@@ -235,19 +248,20 @@ def build_optimizer(purifier: nn.Module, p: Preset) -> Lookahead:
     return Lookahead(torch.optim.RAdam(purifier.parameters(), **settings), k=6, alpha=0.8)
 
 
-@torch.no_grad()
-def refresh_batchnorm(network: nn.Module, pass_batches) -> None:
-    """Recompute BatchNorm's running statistics as the plain mean over `pass_batches()`: Lookahead's slow weights are
-    the result, but the statistics collected on the way belong to the fast ones."""
-    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+@contextlib.contextmanager
+def averaging_batchnorm(network: nn.Module):
+    """Inside, BatchNorm's running statistics become the plain mean over the batches seen there: Lookahead's slow
+    weights are the result, but the statistics collected on the way belong to the fast ones."""
+    layers = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
-    network.train()
-    pass_batches()
-    for layer, momentum in zip(layers, momenta):
-        layer.momentum = momentum
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative average
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum
 
 
 # ---------------------------------------------------------------------------------- many processes that act as one
@@ -261,9 +275,10 @@ class Ranks:
     device: torch.device
     rank: int = 0
     count: int = 1
+    patient: dist.ProcessGroup | None = None  # all of them on CPUs, where one may wait two hours for another
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         return self.rank == 0
 
     def share(self, batch: torch.Tensor) -> torch.Tensor:
@@ -275,14 +290,58 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value=None) -> list:
+        """Every rank's plain value, on every rank, as soon as all have come here."""
+        values = [value]
+        if self.count > 1:
+            values *= self.count
+            dist.all_gather_object(values, value, group=self.patient)
+        return values
+
+    def take_turns(self, load):
+        """load(), on one process of each machine first, which may download and unpack for the others."""
+        loaded = error = None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            try:
+                loaded = load()
+            except (ValueError, OSError) as caught:
+                error = caught
+        failed = self.gather(error is not None)
+        if any(failed):
+            self.refuse(error, failed.index(True))
+        return load() if loaded is None else loaded
+
+    def refuse(self, error: Exception, speaker: int = 0) -> NoReturn:
+        """Raise the error on one rank; the others end after it, without a word."""
+        if self.rank == speaker:
+            raise error
+        time.sleep(1)
+        os._exit(2)
+
+    def check_alike(self, settings: dict) -> None:
+        """Raises ValueError where another rank has other settings."""
+        everyone = self.gather(settings)
+        for rank, theirs in enumerate(everyone):
+            different = [key for key in theirs if theirs[key] != everyone[0].get(key)]
+            if different:
+                text = "; ".join(
+                    f"{key}: {everyone[0].get(key)} in process 0, {theirs[key]} in process {rank}" for key in different
+                )
+                self.refuse(ValueError(f"the processes differ ({text}): give all the same data, weights and options"))
+
     def load(self, path: Path) -> dict | None:
         """A file of tensors as rank 0 finds it, on the CPU; None where there is none. Folders need not be shared."""
-        content = [None]
-        if self.first and path.is_file():
-            content = [load_tensors(path)]
-        if self.count > 1:
-            dist.broadcast_object_list(content, device=self.device)
-        return content[0]
+        content = load_tensors(path) if self.is_first and path.is_file() else None
+        if self.count == 1:
+            return content
+        leaves, structure = tree_flatten(content)
+        outline = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        outline, structure = self.gather((outline, structure))[0]
+        for number, leaf in enumerate(outline):  # tensor by tensor: no process holds more than the content
+            if isinstance(leaf, torch.Tensor):
+                outline[number] = leaves[number] if self.is_first else torch.empty_like(leaf, device="cpu")
+                dist.broadcast(outline[number], 0, group=self.patient)
+        return tree_unflatten(outline, structure)
 
     def wrap(self, module: nn.Module, trained: nn.Module | None = None) -> nn.Module:
         """The module with gradients averaged over the ranks, and BatchNorm over the global batch in the part of it that
@@ -348,7 +407,8 @@ def start_ranks(device: torch.device) -> Ranks:
         return Ranks(device)
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    return Ranks(device, rank, count)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    return Ranks(device, rank, count, patient)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -358,122 +418,121 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM or Ctrl-C arrived; the step was finished and saved."""
 
 
+@dataclasses.dataclass
+class Batch:
+    """One step's pictures, those of all ranks together."""
+
+    epoch: int
+    number: int  #                 of the step, in its epoch
+    indices: torch.Tensor  #       (B,), of the pictures in the training set
+    first: int  #                  how many pictures the stage has seen before
+    generator: torch.Generator  #  of this step's random numbers, the same ones on every rank
+
+
 class Run:
-    """One folder, one configuration, one set of ranks: the loop that steps, logs, saves and resumes.
+    """One training: a folder, a data set, a preset, and the processes that share the work.
 
     All random numbers are drawn for the global batch by a generator that follows from (seed, stage, epoch, step), and
     each rank takes its own rows: the result does not depend on the number of ranks, and resuming needs no generator's
-    state."""
+    state.
 
-    def __init__(self, folder: Path, config: dict, ranks: Ranks, save_every: float):
-        self.folder, self.config, self.ranks, self.save_every = folder, config, ranks, save_every
-        self.stopping, self.last_save, self.last_line = False, time.monotonic(), time.monotonic()
-        self.window = 1 if ranks.device.type == "cpu" else 10  # steps between two looks at sums: a GPU is waited for
+    Args:
+        folder: holds one training only, by its config.json: preset, seed, hashes of the training set and of `start`,
+            and `settings`, which are any other plain values that the result depends on.
+        start: the given network that is trained, or that the purifier goes around; None: all weights follow from seed.
+        micro_batch: pictures attacked or looked into at a time, to save memory; None: all that a rank has.
+        save_every: seconds between two checkpoints.
+    Raises ValueError where the folder holds another training, or where the ranks differ in any of this.
+    """
+
+    def __init__(
+        self, folder, data: datasets.Dataset, p: Preset, start: nn.Module | None, ranks: Ranks, seed: int = 0,
+        micro_batch: int | None = None, save_every: float = 600, **settings,
+    ):  # fmt: skip
+        self.folder, self.data, self.p, self.ranks = Path(folder), data, p, ranks
+        self.seed, self.micro_batch, self.save_every = seed, micro_batch, save_every
+        self.stopping = False
+        self.last_line = time.monotonic()
+
+        self.fingerprint = datasets.fingerprint(data.train_images, data.train_labels, data.classes)
+        weights = None if start is None else hash_weights(start)
+        self.config = {"data": self.fingerprint, "weights": weights, "seed": seed}
+        self.config |= settings | dataclasses.asdict(p)
+        ranks.check_alike(self.config)
+        if ranks.is_first:
+            datasets.check_config(self.folder / "config.json", self.config, "folder (--name)")
+            for path in self.folder.glob(".*.part"):  # of a run that was killed while it wrote
+                path.unlink()
+
+        self.images = data.train_images.to(ranks.device)
+        self.labels = data.train_labels.to(ranks.device)
 
     def is_complete(self) -> bool:
         """True if rank 0 finds the result of this run: folders need not be shared."""
         path = self.folder / "carso.pt"
-        found = torch.tensor(float(self.ranks.first and path.is_file()), device=self.ranks.device)
-        if self.ranks.sum(found) == 0:
+        if not self.ranks.gather(path.is_file())[0]:
             return False
         self.say(f"{path} is complete: attack it with evaluate.py --ckpt, or choose another --name")
         return True
 
     def say(self, text: str) -> None:
         self.last_line = time.monotonic()
-        if self.ranks.first:
-            tqdm.write(text)
-            sys.stdout.flush()  # a file that it goes to is looked into, too
+        if self.ranks.is_first:
+            print(text, flush=True)  # a file that it goes to is looked into, too
 
-    def generator(self, stage: str, epoch: int, number: int) -> torch.Generator:
+    def say_every_minute(self, text: str) -> None:
+        """Only where nothing was said for a minute."""
+        if time.monotonic() - self.last_line > 60:
+            self.say(text)
+
+    def make_generator(self, stage: str, epoch: int, number: int) -> torch.Generator:
         """The random numbers of one step, the same on every rank, for whole global batches."""
-        key = f"{self.config['seed']} {stage} {epoch} {number}".encode()
+        key = f"{self.seed} {stage} {epoch} {number}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "little")
         return torch.Generator(self.ranks.device).manual_seed(seed)
 
-    def pictures(self, data: datasets.Dataset, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of a global batch: x (b, C, H, W) in [0, 1], y (b,)."""
-        mine = self.ranks.share(indices).to(self.ranks.device)
-        return datasets.pixels(data.train_images[mine]), data.train_labels[mine]
+    def load_pictures(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's part of a batch: x (b, C, H, W) in [0, 1], y (b,)."""
+        rows = self.ranks.share(batch.indices).to(self.ranks.device)
+        return datasets.pixels(self.images[rows]), self.labels[rows]
 
-    def uniform(self, x: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """PGD's random start for this rank's pictures, in [-1, 1], of x's shape; drawn for the global batch."""
-        noise = 2 * torch.rand((len(indices), *x.shape[1:]), generator=generator, device=x.device) - 1
+    def draw_noise(self, batch: Batch) -> torch.Tensor:
+        """PGD's random start for this rank's part of a batch, uniform in [-1, 1], (b, C, H, W)."""
+        shape = (len(batch.indices), *self.images.shape[1:])
+        noise = 2 * torch.rand(shape, generator=batch.generator, device=self.ranks.device) - 1
         return self.ranks.share(noise)
 
-    def train(self, stage: str, epochs: int, count: int, batch_size: int, parts: dict, columns, step, after_epoch=None):
-        """Call step(epoch, number, indices, first) for every batch of every epoch, from where a saved run stopped.
+    def augment(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """This rank's part of a batch, x (b, C, H, W), cropped and mirrored as the preset says."""
+        draws = torch.rand((len(batch.indices), 3), generator=batch.generator, device=self.ranks.device)
+        return datasets.augment(x, self.ranks.share(draws), self.p.mirror)
 
-        parts: name -> anything with a state_dict; saved and restored together.
-        step: trains on the global batch `indices` (of which it takes its rank's rows), whose first picture is number
-            `first` since the start, and returns the sums over its rows of what `columns` names.
-        Every epoch's means over all pictures become a row of log-STAGE.tsv. Raises Stopped, or ValueError where a sum
-        or a weight is not finite.
-        """
-        path = self.folder / f"{stage}.resume.pt"
-        saved = self.ranks.load(path) or {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double()}
-        for name, state in saved.pop("parts", {}).items():
-            parts[name].load_state_dict(state)
-        rows, sums, step_now = saved["rows"], saved["sums"], saved["step"]
-        self.say(f"{stage}: {epochs} epochs of {count} pictures in batches of {batch_size}"
-                 + (f", going on at epoch {saved['epoch']}, step {step_now}" if path.is_file() else ""))  # fmt: skip
-        self.say("  ".join(f"{name:>10}" for name in ["epoch", *columns, "pictures/s", "left"]))
+    def count_steps(self, batch_size: int) -> int:
+        """Batches an epoch."""
+        return math.ceil(len(self.labels) / batch_size)
 
-        def save(epoch, step):
-            self.last_save = time.monotonic()
-            if self.ranks.first:
-                states = {name: part.state_dict() for name, part in parts.items()}
-                save_tensors(path, {"parts": states, "epoch": epoch, "step": step, "rows": rows, "sums": sums})
-
-        with self.stopping_gently():
-            for epoch in range(saved["epoch"], epochs):
-                order = datasets.batches(count, batch_size, self.config["seed"], epoch)
-                gathered = torch.zeros_like(sums, device=self.ranks.device)  # over this rank's last steps
-                began, done, speed, left = time.monotonic(), 0, 0.0, ""
-                quiet = None if self.ranks.first else True
-                for number in tqdm(range(step_now, len(order)), f"{stage} {epoch}", leave=False, disable=quiet):
-                    first = epoch * count + sum(len(indices) for indices in order[:number])
-                    gathered += step(epoch, number, order[number], first).double()
-                    done += len(order[number])
-                    speed = done / max(time.monotonic() - began, 1e-9)
-                    left = clock((count * epochs - first - len(order[number])) / speed)
-                    if time.monotonic() - self.last_line > 60:
-                        self.say(f"{stage}: epoch {epoch}, batch {number + 1} of {len(order)}, {left} left")
-                    alone = self.stopping and self.ranks.count == 1
-                    if (number + 1) % self.window and number + 1 < len(order) and not alone:
-                        continue
-                    values = torch.cat([gathered, gathered.new_tensor([float(self.stopping)])])
-                    *values, stopping = self.ranks.sum(values).cpu()
-                    sums += torch.stack(values)
-                    gathered.zero_()
-                    if not sums.isfinite().all():
-                        raise ValueError(f"{stage}: the loss is not finite at epoch {epoch}, step {number}: choose a "
-                                         "lower learning rate, and another --name")  # fmt: skip
-                    if stopping > 0 or time.monotonic() - self.last_save > self.save_every:
-                        save(epoch, number + 1)
-                    if stopping > 0:
-                        raise Stopped(f"stopped at {stage} epoch {epoch}, step {number + 1}, and saved")
-                rows.append([epoch, *(sums / count).tolist()])
-                shown = [f"{epoch}", *(f"{value:.5g}" for value in rows[-1][1:]), f"{speed:.0f}", left]
-                self.say("  ".join(f"{text:>10}" for text in shown))
-                sums, step_now = torch.zeros_like(sums), 0
-                self.write_log(stage, columns, rows)
-                if after_epoch:
-                    after_epoch(epoch)
-        networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-        if not all(value.isfinite().all() for network in networks for value in network.state_dict().values()):
-            raise ValueError(f"{stage}: a weight is not finite: choose a lower learning rate, and another --name")
-        save(epochs, 0)
+    def autocast(self):
+        """Inside, networks compute in bfloat16 where the preset asks for it."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.p.bf16)
 
     @contextlib.contextmanager
     def stopping_gently(self):
-        """Inside, SIGTERM and Ctrl-C only ask to stop after the current step; a second one does not wait."""
+        """Inside, SIGTERM and Ctrl-C only ask to stop after the current step. Another one does not wait, unless it is a
+        SIGTERM within five seconds: torchrun passes on to its processes what they may have received themselves."""
 
-        def ask(*_):
-            if self.stopping:
+        def ask(number, frame):
+            nonlocal asked_at
+            now = time.monotonic()
+            if self.stopping and (number == signal.SIGINT or now - asked_at > 5):
                 raise KeyboardInterrupt
+            if not self.stopping:
+                asked_at = now
             self.stopping = True
 
+        asked_at = 0.0
+        if threading.current_thread() is not threading.main_thread():
+            yield  # no other thread is told of signals
+            return
         before = {name: signal.signal(name, ask) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -481,193 +540,304 @@ class Run:
             for name, handler in before.items():
                 signal.signal(name, handler)
 
-    def write_log(self, stage: str, columns, rows) -> None:
-        """Rewritten whole from the rows so far, so that a resumed run never repeats or loses one."""
-        if self.ranks.first:
-            lines = ["\t".join(["epoch", *columns])]
-            lines += ["\t".join(f"{value:.8g}" for value in row) for row in rows]
-            datasets.write_text(self.folder / f"log-{stage}.tsv", "\n".join(lines) + "\n")
+
+class Stage:
+    """One stage of a run: its batches, the sums that become its log, its checkpoints. A stage is trained by
+
+        for epoch in stage.epochs():
+            for batch in stage.batches(epoch):
+                ...
+                stage.add(batch, sums)
+
+    and begins where a saved run stopped.
+
+    Args:
+        parts: name -> anything with a state_dict; saved and restored together.
+        columns: names of the sums. Their means over all pictures of an epoch become a row of log-NAME.tsv.
+    """
+
+    def __init__(self, run: Run, name: str, last_epoch: int, batch_size: int, parts: dict, columns: tuple[str, ...]):
+        self.run, self.name, self.last_epoch, self.batch_size = run, name, last_epoch, batch_size
+        self.parts, self.columns = parts, columns
+        self.pictures = len(run.labels)
+        self.path = run.folder / f"{name}.resume.pt"
+        self.last_save = time.monotonic()
+
+        nothing = {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double(), "parts": {}}
+        saved = run.ranks.load(self.path)
+        state = nothing if saved is None else saved
+        self.epoch, self.step = state["epoch"], state["step"]  # the next one
+        self.rows, self.sums = state["rows"], state["sums"]  #   of past epochs; over all ranks, since this epoch began
+        for part, content in state["parts"].items():
+            parts[part].load_state_dict(content)
+
+        going_on = "" if saved is None else f", going on at epoch {self.epoch}, step {self.step}"
+        run.say(f"{name}: {last_epoch} epochs of {self.pictures} pictures in batches of {batch_size}{going_on}")
+        run.say("  ".join(f"{title:>10}" for title in ["epoch", *columns, "pictures/s", "left"]))
+
+    def epochs(self):
+        """The epochs that are left. After each, its row is added to the log; after the last one the weights are saved.
+        Raises ValueError where a weight is not finite."""
+        for epoch in range(self.epoch, self.last_epoch):
+            self.speed, self.time_left = 0.0, ""
+            yield epoch
+            self.write_row()
+            self.epoch, self.step = epoch + 1, 0
+        networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        if not all(tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()):
+            raise ValueError(f"{self.name}: a weight is not finite: choose a lower learning rate, and another --name")
+        self.save()
+
+    def batches(self, epoch: int):
+        """The epoch's batches that are left."""
+        order = datasets.batches(self.pictures, self.batch_size, self.run.seed, epoch)
+        first = epoch * self.pictures + sum(len(indices) for indices in order[: self.step])
+        self.began, self.first = time.monotonic(), first
+        for number in range(self.step, len(order)):
+            generator = self.run.make_generator(self.name, epoch, number)
+            yield Batch(epoch, number, order[number], first, generator)
+            first += len(order[number])
+
+    def add(self, batch: Batch, sums: torch.Tensor) -> None:
+        """Count a finished step; sums: (columns,), over this rank's pictures. Saves when it is time.
+
+        Raises Stopped where a rank was asked to stop, and ValueError where a sum is not finite."""
+        run = self.run
+        values = torch.cat([sums.detach().double(), torch.tensor([run.stopping], device=sums.device)])
+        *sums, stopping = run.ranks.sum(values).cpu()
+        self.sums += torch.stack(sums)
+        self.epoch, self.step = batch.epoch, batch.number + 1
+        self.measure_speed(batch)
+        if not self.sums.isfinite().all():
+            raise ValueError(f"{self.name}: the loss is not finite at epoch {batch.epoch}, step {batch.number}: choose "
+                             "a lower learning rate, and another --name")  # fmt: skip
+        if stopping or time.monotonic() - self.last_save > run.save_every:
+            self.save()
+        if stopping:
+            run.ranks.gather()  # torchrun ends all processes when one has ended: not before the file is written
+            raise Stopped(f"stopped at {self.name} epoch {self.epoch}, step {self.step}, and saved")
+
+    def measure_speed(self, batch: Batch) -> None:
+        """Pictures a second and the time left."""
+        seen = batch.first + len(batch.indices)
+        self.speed = (seen - self.first) / max(time.monotonic() - self.began, 1e-9)
+        self.time_left = format_time((self.pictures * self.last_epoch - seen) / self.speed)
+        steps = self.run.count_steps(self.batch_size)
+        place = f"{self.name}: epoch {self.epoch}, batch {self.step} of {steps}"
+        self.run.say_every_minute(f"{place}, {self.time_left} left")
+
+    def save(self) -> None:
+        self.last_save = time.monotonic()
+        if self.run.ranks.is_first:
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            content = {"parts": parts, "epoch": self.epoch, "step": self.step, "rows": self.rows, "sums": self.sums}
+            save_tensors(self.path, content)
+
+    def write_row(self) -> None:
+        """The log is rewritten whole from the rows so far, so that a resumed run never repeats or loses one."""
+        means = (self.sums / self.pictures).tolist()
+        self.sums = torch.zeros_like(self.sums)
+        self.rows.append([self.epoch, *means])
+        shown = [f"{self.epoch}", *(f"{mean:.5g}" for mean in means), f"{self.speed:.0f}", self.time_left]
+        self.run.say("  ".join(f"{text:>10}" for text in shown))
+        if self.run.ranks.is_first:
+            lines = ["\t".join(["epoch", *self.columns])]
+            lines += ["\t".join(f"{value:.8g}" for value in row) for row in self.rows]
+            datasets.write_text(self.run.folder / f"log-{self.name}.tsv", "\n".join(lines) + "\n")
 
 
-def clock(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
+def split_rows(pictures: int, at_once: int | None) -> list[slice]:
+    """So many pictures in pieces of `at_once`; None: in one."""
+    at_once = at_once or pictures
+    return [slice(begin, begin + at_once) for begin in range(0, pictures, at_once)]
+
+
 # ---------------------------------------------------------------------------------------- stage one: the classifier
 
 
-def attack_piecewise(attack, x: torch.Tensor, micro_batch: int | None) -> torch.Tensor:
-    """attack(rows), a function of indices into x, at most `micro_batch` pictures at a time."""
-    return torch.cat([attack(rows) for rows in torch.arange(len(x)).split(micro_batch or len(x))])
-
-
-def train_classifier(run: Run, data: datasets.Dataset, classifier: WideResNet, p: Preset, micro_batch) -> WideResNet:
-    """PGD adversarial training (Madry et al. 2018), or plain training where the attack has no steps, on from the given
-    weights. An averaged copy of the weights is the result."""
-    ranks, device = run.ranks, run.ranks.device
-    for layer in classifier.modules():
+def train_classifier(run: Run, classifier: WideResNet) -> None:
+    """PGD adversarial training (Madry et al. 2018), or plain training where the attack has no steps. The classifier
+    gets an average of the weights, and is in eval mode."""
+    ranks, p = run.ranks, run.p
+    trained = copy.deepcopy(classifier).requires_grad_(True)
+    for layer in trained.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = p.classifier_bn_momentum
-    optimizer = torch.optim.SGD(
-        classifier.parameters(), momentum=0.9, nesterov=True, weight_decay=p.classifier_weight_decay
-    )
-    network = ranks.wrap(classifier)
-    count, size = len(data.train_labels), p.classifier_batch_size
-    steps_an_epoch = len(datasets.batches(count, size, 0, 0))
+    settings = dict(momentum=0.9, nesterov=True, weight_decay=p.classifier_weight_decay)
+    optimizer = torch.optim.SGD(trained.parameters(), **settings)
+    network = ranks.wrap(trained)
     # An exponential average of weights and BatchNorm's statistics that reaches back about an epoch is the result.
-    decay = get_ema_multi_avg_fn(1 - 1 / steps_an_epoch)
-    average = AveragedModel(classifier, multi_avg_fn=decay, use_buffers=True)
+    steps = run.count_steps(p.classifier_batch_size)
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps), use_buffers=True)
 
-    def step(epoch, number, indices, first):
-        at = epoch + number / steps_an_epoch
-        ramp = np.interp(at, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0])
-        optimizer.param_groups[0]["lr"] = float(ramp * p.classifier_learning_rate)
-        eps = p.eps * min(1.0, (at + 0.5) / max(p.classifier_ramp, 1e-9))
-        (x, y), generator = run.pictures(data, indices), run.generator("classifier", epoch, number)
-        noise = run.uniform(x, indices, generator)
-        if p.augment:
-            draws = torch.rand((len(indices), 3), generator=generator, device=device)
-            x = datasets.augment(x, ranks.share(draws), p.mirror)
-        classifier.eval().requires_grad_(False)
-        if steps := p.classifier_attack_steps:
-            step_size = 2.5 * eps / steps  # the steps could cross the ball (Madry et al.)
-            attack = lambda i: pgd(classifier, x[i], y[i], eps, steps, step_size, noise=noise[i])  # noqa: E731
-            with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-                x = attack_piecewise(attack, x, micro_batch)
-        network.train().requires_grad_(True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-            logits = network(x).float()
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        optimizer.zero_grad()
-        (loss * ranks.count / len(indices)).backward()  # DDP averages over ranks: this is the global batch's mean
-        optimizer.step()
-        average.update_parameters(classifier)
-        return torch.stack([loss.detach(), (logits.argmax(1) == y).sum()])
+    parts = {"network": trained, "average": average, "optimizer": optimizer}
+    stage = Stage(run, "classifier", p.classifier_epochs, p.classifier_batch_size, parts, ("loss", "robust"))
+    for epoch in stage.epochs():
+        for batch in stage.batches(epoch):
+            at = epoch + batch.number / steps
+            share = np.interp(at, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0])
+            optimizer.param_groups[0]["lr"] = float(share * p.classifier_learning_rate)
+            eps = p.eps * min(1.0, (at + 0.5) / max(p.classifier_ramp, 1e-9))
 
-    parts = {"network": classifier, "average": average, "optimizer": optimizer}
-    run.train("classifier", p.classifier_epochs, count, size, parts, ("loss", "robust"), step)
-    result = WideResNet(**classifier.config)
-    result.load_state_dict(average.module.state_dict())
-    return result.to(device).eval()
+            x, y = run.load_pictures(batch)
+            noise = run.draw_noise(batch)
+            if p.augment:
+                x = run.augment(x, batch)
+            if p.classifier_attack_steps > 0:
+                trained.eval().requires_grad_(False)
+                step_size = 2.5 * eps / p.classifier_attack_steps  # the steps could cross the ball (Madry et al.)
+                with run.autocast():
+                    x = torch.cat([
+                        pgd(trained, x[rows], y[rows], eps, p.classifier_attack_steps, step_size, noise=noise[rows])
+                        for rows in split_rows(len(x), run.micro_batch)
+                    ])  # fmt: skip
+
+            network.train().requires_grad_(True)
+            with run.autocast():
+                logits = network(x).float()
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            optimizer.zero_grad()
+            (loss * ranks.count / len(batch.indices)).backward()  # DDP averages over ranks: the global batch's mean
+            optimizer.step()
+            average.update_parameters(trained)
+            stage.add(batch, torch.stack([loss.detach(), (logits.argmax(1) == y).sum()]))
+    classifier.load_state_dict(average.module.state_dict())
+    classifier.eval()
 
 
-def make_classifier(run: Run, data: datasets.Dataset, fresh: WideResNet, p: Preset, micro_batch) -> WideResNet:
-    """Stage one: train `fresh`, keep the result as classifier.pt, measure it; or take the one that this run made
-    before."""
+def make_classifier(run: Run, classifier: WideResNet) -> None:
+    """Stage one: train the classifier, keep it as classifier.pt, measure it; or take what this run made before."""
     path = run.folder / "classifier.pt"
-    if kept := run.ranks.load(path):
+    kept = run.ranks.load(path)
+    if kept is not None:
         weights = {name: tensor for name, tensor in kept.get("state_dict", {}).items() if name not in ("mean", "std")}
-        load_weights(fresh, weights, path)
-        return fresh.eval()
-    classifier = train_classifier(run, data, fresh, p, micro_batch)
-    if run.ranks.first:
+        load_weights(classifier, weights, path)
+        return
+    train_classifier(run, classifier)
+    if run.ranks.is_first:
         normalisation = {"mean": classifier.mean.flatten(), "std": classifier.std.flatten()}
-        save_tensors(path, {"state_dict": classifier.state_dict() | normalisation})
+        weights = classifier.state_dict() | normalisation
+        save_tensors(path, {"state_dict": weights, "fingerprint": run.fingerprint})
         (run.folder / "classifier.resume.pt").unlink(missing_ok=True)
     torch.manual_seed(0)
-    images, labels = data.test_images[:500], data.test_labels[:500]
-    attack = partial(pgd, eps=p.eps, steps=20, step_size=p.eps / 4)
-    limit = min(250, micro_batch or p.classifier_batch_size // run.ranks.count)  # what the training had room for
-    clean = measure_accuracy(classifier, images, labels, batch_size=limit)
-    robust = measure_accuracy(classifier, images, labels, attack, limit)
+    images, labels = run.data.test_images[:500], run.data.test_labels[:500]
+    attack = partial(pgd, eps=run.p.eps, steps=20, step_size=run.p.eps / 4)
+    had_room_for = run.micro_batch or run.p.classifier_batch_size // run.ranks.count
+    at_once = min(250, had_room_for)
+    clean = measure_accuracy(classifier, images, labels, batch_size=at_once)
+    robust = measure_accuracy(classifier, images, labels, attack, at_once)
     run.say(f"classifier: clean {clean:.1%}, PGD-20 {robust:.1%} on {len(labels)} test pictures")
-    return classifier
 
 
 # ------------------------------------------------------------------------------------------- stage two: the purifier
 
 
-def attack_every_batch(run: Run, data: datasets.Dataset, classifier: nn.Module, p: Preset, micro_batch: int | None):
-    """Where the perturbed part of a batch comes from: the classifier is attacked anew for every batch (section 4.4).
+def attack_batches(run: Run, classifier: nn.Module, batches, together: int | None = None):
+    """Yield each batch with this rank's pictures of it (b, C, H, W), a share of which is attacked (section 4.4).
 
-    Returns perturb(clean, y, indices, epoch, first, generator), which gives this rank's pictures (b, C, H, W) of the
-    global batch `indices`, a share of them perturbed; first: the batch's first picture's number since the start."""
-
-    def perturb(clean, y, indices, epoch, first, generator):
-        noise = run.uniform(clean, indices, generator)
-        first += int(run.ranks.share(torch.arange(len(indices)))[0])
-
-        def attack(rows):
-            return adversarially_balanced_batch(
-                classifier, clean[rows], y[rows], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
-                first=first + int(rows[0]), noise=noise[rows],
-            )  # fmt: skip
-
-        with torch.autocast(clean.device.type, torch.bfloat16, enabled=p.bf16):
-            # A piece's memory is that of the pictures that it attacks.
-            return attack_piecewise(attack, clean, micro_batch and math.ceil(micro_batch / max(p.fraction, 0.01)))
-
-    return perturb
+    together: batches whose attacks are made in one call; the pictures are the same, up to rounding. Default: 1, but on
+    a GPU, most of which a small call leaves idle, as many as have 640 pictures for PGD."""
+    p, ranks = run.p, run.ranks
+    fraction = max(p.fraction, 0.01)
+    if together is None:
+        fill_a_gpu = round(2 * 640 / (fraction * p.batch_size))  # every other perturbed picture is PGD's
+        together = min(max(fill_a_gpu, 1), 16) if ranks.device.type == "cuda" and ranks.count == 1 else 1
+    at_once = run.micro_batch and math.ceil(run.micro_batch / fraction)  # memory goes to those that are attacked
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, together)):
+        pictures = [run.load_pictures(batch) for batch in group]
+        x, y = (torch.cat(parts) for parts in zip(*pictures))
+        noise = torch.cat([run.draw_noise(batch) for batch in group])
+        first = group[0].first + int(ranks.share(torch.arange(len(group[0].indices)))[0])
+        with run.autocast():
+            attacked = torch.cat([
+                adversarially_balanced_batch(
+                    classifier, x[rows], y[rows], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
+                    first=first + rows.start, noise=noise[rows],
+                )
+                for rows in split_rows(len(x), at_once)
+            ])  # fmt: skip
+        yield from zip(group, attacked.split([len(labels) for _, labels in pictures]))
 
 
 @torch.no_grad()
 def record_piecewise(classifier: nn.Module, layers: list[str], x: torch.Tensor, micro_batch) -> list[torch.Tensor]:
-    """The representation of x, `micro_batch` pictures at a time: the classifier's other tensors need less memory."""
+    """The representation of x, `micro_batch` pictures at a time: the classifier's other tensors need less memory. The
+    pieces are written into the whole one by one, which would be held twice if they were joined at the end."""
     if micro_batch is None or micro_batch >= len(x):
         return record(classifier, layers, x)[1]
-    pieces = [record(classifier, layers, part)[1] for part in x.split(micro_batch)]
-    return [torch.cat(layer) for layer in zip(*pieces)]
+    whole = []
+    for rows in split_rows(len(x), micro_batch):
+        _, pieces = record(classifier, layers, x[rows])
+        if not whole:
+            how = dict(device=x.device, memory_format=torch.channels_last)
+            whole = [torch.empty((len(x), *piece.shape[1:]), dtype=piece.dtype, **how) for piece in pieces]
+        for layer, piece in zip(whole, pieces):
+            layer[rows] = piece
+    return whole
 
 
-def train_purifier(run: Run, data: datasets.Dataset, carso: CARSO, p: Preset, micro_batch, make_perturb) -> None:
-    """The paper's recipe (sections 4.4 and 5.1): adversarially-balanced batches, summed BCE and KL, RAdam in
-    Lookahead."""
-    ranks, device = run.ranks, run.ranks.device
-    classifier, purifier = carso.classifier, carso.purifier
+def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
+    """The paper's recipe (sections 4.4 and 5.1): adversarially-balanced batches, summed BCE and KL, RAdam in Lookahead.
+
+    perturb: a generator like `attack_batches`, which makes the pictures of an epoch's batches."""
+    ranks, p, purifier = run.ranks, run.p, carso.purifier
     network = ranks.wrap(purifier)
-    purifier.recompute = micro_batch is not None
+    purifier.recompute = run.micro_batch is not None
     lookahead = build_optimizer(purifier, p)
-    count = len(data.train_labels)
-    steps = len(datasets.batches(count, p.batch_size, 0, 0))
-    perturb = make_perturb(run, data, classifier, p, micro_batch)
+    steps = run.count_steps(p.batch_size)
 
-    def pass_batch(stage, epoch, number, indices, first):
-        """This rank's part of a balanced batch through the purifier: clean (b, C, H, W), its reconstruction, mu,
-        logvar (b, Z)."""
-        (clean, y), generator = run.pictures(data, indices), run.generator(stage, epoch, number)
-        perturbed = perturb(clean, y, indices, epoch, first, generator)
-        noise = torch.randn((len(indices), p.latent_dim), generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=p.bf16):
-            representation = record_piecewise(classifier, carso.layers, perturbed, micro_batch)
-            outputs = network(perturbed, representation, ranks.share(noise))
-        return clean, *(output.float() for output in outputs)
-
-    def step(epoch, number, indices, first):
-        at = schedule_epoch(epoch, number, steps, p)
-        lookahead.optimizer.param_groups[0]["lr"] = learning_rate(at, p)
-        carso.train()  # but for its classifier, which stays frozen and in eval mode
-        clean, reconstruction, mu, logvar = pass_batch("purifier", epoch, number, indices, first)
-        loss, bce, kld = vae_loss(reconstruction, clean, mu, logvar, kl_weight(at, p))
-        lookahead.optimizer.zero_grad()
-        (loss * ranks.count).backward()  # DDP averages over ranks: this is the global batch's sum
-        lookahead.step()
-        return torch.stack([loss, bce, kld]).detach()
-
-    def collect(epoch, number, indices, first):
-        """The pass is for BatchNorm's statistics; the losses go to the log alone."""
-        clean, reconstruction, mu, logvar = pass_batch("batchnorm", epoch, number, indices, first)
-        return torch.stack(vae_loss(reconstruction, clean, mu, logvar, 1.0))
-
-    columns, parts = ("loss", "bce", "kld"), {"purifier": purifier, "lookahead": lookahead}
-    draw = partial(draw_reconstructions, run, carso, data, p, p.epochs)
-    run.train("purifier", p.epochs, count, p.batch_size, parts, columns, step, draw)
+    parts = {"purifier": purifier, "lookahead": lookahead}
+    stage = Stage(run, "purifier", p.epochs, p.batch_size, parts, ("loss", "bce", "kld"))
+    carso.train()  # but for its classifier, which stays frozen and in eval mode
+    for epoch in stage.epochs():
+        for batch, perturbed in perturb(run, carso.classifier, stage.batches(epoch)):
+            at = schedule_epoch(epoch, batch.number, steps, p)
+            lookahead.optimizer.param_groups[0]["lr"] = learning_rate(at, p)
+            loss, bce, kld = compute_losses(run, carso, network, batch, perturbed, kl_weight(at, p))
+            lookahead.optimizer.zero_grad()
+            (loss * ranks.count).backward()  # DDP averages over ranks: this is the global batch's sum
+            lookahead.step()
+            stage.add(batch, torch.stack([loss, bce, kld]))
+        draw_reconstructions(run, carso, epoch)
     lookahead.finish()
+
     # One more epoch, attacked anew, with the slow weights: only BatchNorm's statistics are collected.
-    last = partial(run.train, "batchnorm", 1, count, p.batch_size, {"purifier": purifier}, columns, collect)
-    refresh_batchnorm(purifier, last)
+    with averaging_batchnorm(purifier), torch.no_grad():
+        stage = Stage(run, "batchnorm", 1, p.batch_size, {"purifier": purifier}, ("loss", "bce", "kld"))
+        for epoch in stage.epochs():
+            for batch, perturbed in perturb(run, carso.classifier, stage.batches(epoch)):
+                stage.add(batch, torch.stack(compute_losses(run, carso, network, batch, perturbed, beta=1.0)))
     carso.eval()
 
 
-def draw_reconstructions(run: Run, carso: CARSO, data: datasets.Dataset, p: Preset, epochs: int, epoch: int) -> None:
+def compute_losses(run: Run, carso: CARSO, network: nn.Module, batch: Batch, perturbed: torch.Tensor, beta: float):
+    """`vae_loss` of this rank's part of a batch, perturbed (b, C, H, W). network: the purifier, wrapped by `Ranks`."""
+    clean, _ = run.load_pictures(batch)
+    shape = (len(batch.indices), run.p.latent_dim)
+    noise = torch.randn(shape, generator=batch.generator, device=run.ranks.device)
+    with run.autocast():
+        representation = record_piecewise(carso.classifier, carso.layers, perturbed, run.micro_batch)
+        outputs = network(perturbed, representation, run.ranks.share(noise))
+    reconstruction, mu, logvar = (output.float() for output in outputs)
+    return vae_loss(reconstruction, clean, mu, logvar, beta)
+
+
+def draw_reconstructions(run: Run, carso: CARSO, epoch: int) -> None:
     """reconstructions.png, every fifth epoch and the last: clean | attacked (PGD eps on the classifier) | six
     reconstructions; a row a test picture."""
-    if not run.ranks.first or (epoch % 5 != 4 and epoch != epochs - 1):
+    p, device = run.p, run.ranks.device
+    if not run.ranks.is_first or (epoch % 5 != 4 and epoch != p.epochs - 1):
         return
-    was_training, device = carso.purifier.training, run.ranks.device
+    was_training = carso.purifier.training
     carso.eval()
-    x, y = datasets.pixels(data.test_images[:8].to(device)), data.test_labels[:8].to(device)
+    x, y = datasets.pixels(run.data.test_images[:8].to(device)), run.data.test_labels[:8].to(device)
     attacked = pgd(carso.classifier, x, y, p.eps, p.attack_steps, p.attack_step_size, noise=torch.zeros_like(x))
     generator = torch.Generator().manual_seed(0)
     z = torch.randn((len(x), 6, carso.purifier.config["latent_dim"]), generator=generator).to(device)
@@ -678,19 +848,24 @@ def draw_reconstructions(run: Run, carso: CARSO, data: datasets.Dataset, p: Pres
     carso.train(was_training)
 
 
-def finish(run: Run, data: datasets.Dataset, data_dir: str, carso: CARSO) -> None:
-    """Keep the whole defence as carso.pt, measure it, and remove what only resuming needed."""
-    if not run.ranks.first:
+def finish(run: Run, carso: CARSO, script: str = "evaluate.py", **state) -> None:
+    """Keep the whole defence as carso.pt, with `state`, measure it, and remove what only resuming needed."""
+    if not run.ranks.is_first:
         return
-    state = {"dataset": run.config["dataset"], "data_dir": data_dir, "config": run.config, "classes": data.classes}
-    save_carso(run.folder / "carso.pt", carso, **state)
-    for path in [*run.folder.glob("*.resume.pt"), *run.folder.glob(".*.part")]:  # .part: of a run that was killed
-        path.unlink()
-    images, labels = data.test_images[:500], data.test_labels[:500]
+    path = run.folder / "carso.pt"
+    state |= {"config": run.config, "classes": run.data.classes, "fingerprint": run.fingerprint}
+    save_carso(path, carso, **state)
+    for resumable in run.folder.glob("*.resume.pt"):
+        resumable.unlink()
+
+    images, labels = run.data.test_images[:500], run.data.test_labels[:500]
     clean = measure_accuracy(carso, images, labels, batch_size=max(1, 250 // max(1, carso.samples)))
-    run.say(f"CARSO: clean {clean:.1%} on {len(labels)} test pictures")
-    reduced = "" if data.name in PRESETS else " --budget reduced"  # of the paper's it would take hours
-    run.say(f"now: python evaluate.py --ckpt {run.folder / 'carso.pt'}{reduced}")
+    bare = measure_accuracy(carso.classifier, images, labels)
+    run.say(f"CARSO: clean {clean:.1%}, its classifier alone {bare:.1%}, on {len(labels)} test pictures")
+    reduced = [] if run.data.name in PRESETS else ["--budget", "reduced"]  # of the paper's it would take hours
+    run.say(f"now: python {shlex.join([*script.split(), '--ckpt', str(path), *reduced])}")
+    if clean < bare - 0.1:
+        run.say("CARSO is far below its classifier on clean pictures: train longer (--epochs), under another --name")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -698,115 +873,110 @@ def finish(run: Run, data: datasets.Dataset, data_dir: str, carso: CARSO) -> Non
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="digits", help=f"{', '.join(datasets.NAMES)}, or a path (see data.py)")
-    add("--data-dir", default="data", help="where downloads and caches go (default: data)")
+    add, path = parser.add_argument, os.path.expanduser
+    add("--dataset", type=path, default="digits", help=f"{', '.join(datasets.NAMES)}, or a path, see data.py "
+        "(default: digits)")  # fmt: skip
+    add("--data-dir", type=path, default="data", help="where downloads and caches go (default: data)")
     add("--stage", choices=["all", "classifier"], default="all", help="classifier: end after stage one (default: all)")
     add("--preset", choices=PRESETS, help="default: the data set's own, cifar10's for a path")
-    add("--name", help="folder under runs/ (default: the data set's name)")
-    add("--classifier", help="'train'; 'published' (the paper's) or another's name in models.py, downloaded; or a file "
-        "of weights (default: published for cifar10, cifar100 and tinyimagenet, train elsewhere)")  # fmt: skip
-    add("--train-on", metavar="FILE", help="stage one goes on from these weights, of the same depth and width")
-    add("--final", metavar="FILE", help="weights of a second classifier, which labels the reconstructions, while the "
-        "first one is looked into (default: one does both)")  # fmt: skip
+    add("--name", type=path, help="folder under runs/ (default: the data set's name)")
+    add("--classifier", type=path, help="'train'; 'published' (the paper's), or another's name in models.py: "
+        "downloaded; or a file of weights (default: published where there is one, else train)")  # fmt: skip
     add("--tap", nargs="+", default=["*"], metavar="LAYER", help="layers of the classifier that the purifier sees: "
         "names, as init_conv, or patterns, as 'layer.2.*', the last group (default: the paper's, table 5)")  # fmt: skip
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--micro-batch", type=int, help="to save memory: attacks and representations so many pictures at a time, the "
-        "purifier's activations computed twice; the same result")  # fmt: skip
+        "purifier's activations computed twice; the same result (default: all at once)")  # fmt: skip
     add("--save-every", type=float, default=10, help="minutes between checkpoints (default: 10)")
-    group = parser.add_argument_group("preset", "every number of the preset can be overridden")
+    group = parser.add_argument_group("preset", "every number can be overridden; in brackets the presets' own")
     for field in dataclasses.fields(Preset):
         kind = {"action": argparse.BooleanOptionalAction}
         if field.type is not bool:
             kind = {"type": {int: int, float: parse_eps}[field.type], "metavar": field.type.__name__}
-        group.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["meaning"], **kind)
+        option = "--" + field.name.replace("_", "-")
+        defaults = ", ".join(f"{name} {getattr(preset, field.name):g}" for name, preset in PRESETS.items())
+        group.add_argument(option, help=f"{field.metadata['meaning']} ({defaults})", **kind)
     args = parser.parse_args(argv)
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError(f"--micro-batch {args.micro_batch} is not 1 or more")
-    if args.train_on and args.classifier:
-        raise ValueError("--train-on and --classifier exclude each other: is the classifier to be trained or not?")
-    if args.stage == "classifier" and (args.classifier or args.final):
-        raise ValueError("--stage classifier trains a classifier alone: leave out --classifier and --final")
+    if args.stage == "classifier" and args.classifier:
+        raise ValueError("--stage classifier trains a classifier: leave out --classifier")
     return args
 
 
-def load_data(args: argparse.Namespace, ranks: Ranks, p: Preset | None = None) -> tuple[datasets.Dataset, Preset]:
-    """The data set, its training pictures on the device, and its preset (or p) with batches that fit it. Raises
-    ValueError where batches are too small for BatchNorm or the processes."""
+def name_folder(dataset: str, name: str | None, suffix: str = "") -> Path:
+    """runs/NAME, or the data set's name and the suffix."""
+    return Path("runs") / (name or Path(os.path.abspath(dataset)).stem + suffix)
+
+
+def load_inputs(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Dataset, WideResNet | None]:
+    """The data set, and the classifier that the options name; None where they ask to train one."""
     data = datasets.load(args.dataset, args.data_dir)
-    count = len(data.train_labels)
-    if p is None:
-        name = args.preset or (data.name if data.name in PRESETS else "cifar10")
-        p = choose_preset(name, args)
-        if not args.preset and data.name not in PRESETS and ranks.first:
-            print("the preset is cifar10's: a network for a GPU; --preset digits has a small one")
-    usual, p = p, fit_batches(p, count, args)
-    for name in ("batch_size", "classifier_batch_size"):
-        option, size = "--" + name.replace("_", "-"), getattr(p, name)
-        smallest = min(len(b) for b in datasets.batches(count, size, 0, 0))
-        if smallest < max(2, ranks.count):
-            raise ValueError(f"{option} {size} leaves a batch of {smallest} for {ranks.count} process(es): enlarge it")
-        if size != getattr(usual, name) and ranks.first:
-            print(f"{option} {size} for ten batches an epoch of {count} pictures; its learning rate falls with it")
-    on_device = {name: getattr(data, name).to(ranks.device) for name in ("train_images", "train_labels")}
-    return dataclasses.replace(data, **on_device), p
+    name = args.classifier
+    if name is None and args.stage == "all" and data.name in PUBLISHED:
+        usual = PRESETS[args.preset or data.name]
+        size = (args.depth or usual.depth, args.width or usual.width)
+        name = "published" if size == (28, 10) else None
+    if name is None or name == "train":
+        return data, None
+    if Path(name).is_file():
+        return data, load_classifier(name, len(data.classes), data.mean, data.std).to(device)
+    return data, fetch_classifier(data, name, args.data_dir, device)
 
 
-def load_given(weights: str, data: datasets.Dataset, data_dir: str, device) -> WideResNet:
-    """A classifier from a file, or a published one by its name."""
-    if Path(weights).is_file():
-        return load_classifier(weights, len(data.classes), data.mean, data.std).to(device)
-    return fetch_classifier(data, weights, data_dir, device)
+def plan_training(args: argparse.Namespace, data: datasets.Dataset, given: WideResNet | None, ranks: Ranks) -> Preset:
+    """The preset with the command line's numbers, the sizes of a given classifier, and batches that fit the data.
+    Raises ValueError for numbers that make no sense."""
+    numbers = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)}
+    numbers = {name: number for name, number in numbers.items() if number is not None}
+    if given is not None:
+        sizes = {name: given.config[name] for name in ("depth", "width")}
+        for name, size in sizes.items():
+            if numbers.get(name, size) != size:
+                raise ValueError(f"--{name} {numbers[name]} is not that of --classifier, {size}: leave it out")
+        numbers |= sizes
+    is_known = data.name in PRESETS
+    usual = choose_preset(args.preset or (data.name if is_known else "cifar10"), numbers)
+    p = fit_batches(usual, "classifier_", data, numbers, ranks.count)
+    p = fit_batches(p, "", data, numbers, ranks.count)
+    if ranks.is_first and not args.preset and not is_known:
+        print("the preset is cifar10's: a network for a GPU; --preset digits has a small one")
+    if ranks.is_first and p != usual:
+        sizes = f"--classifier-batch-size {p.classifier_batch_size} and --batch-size {p.batch_size}"
+        print(f"{sizes}, for ten batches an epoch of {len(data.train_labels)} pictures; learning rates fall with them")
+    return p
 
 
-def build_defence(classifier: WideResNet, data: datasets.Dataset, p: Preset, tap: list[str], seed: int) -> CARSO:
-    """A fresh purifier around the classifier. tap: names of layers, or patterns for those of table 5 that they
-    match."""
-    papers = representation_layers(classifier.config["depth"])
-    layers = dict.fromkeys(layer for name in tap for layer in fnmatch.filter(papers, name) or [name])
-    torch.manual_seed(seed)
-    shape = tuple(data.train_images.shape[1:])
-    return build_carso(classifier, list(layers), shape, p.samples, p.condition_dim, p.latent_dim, p.decoder_width)
+def find_layers(classifier: WideResNet, patterns: list[str]) -> list[str]:
+    """Those of the paper's layers (table 5) that a pattern matches, and the layers that are named otherwise."""
+    known = representation_layers(classifier.config["depth"])
+    layers = [layer for pattern in patterns for layer in fnmatch.filter(known, pattern) or [pattern]]
+    return list(dict.fromkeys(layers))  # each of them once
 
 
-def main(argv=None, perturb=attack_every_batch, **more) -> int:
-    """The exit status. perturb: makes the function that perturbs a batch; more: its settings, for config.json."""
+def main(argv=None, perturb=attack_batches, **settings) -> int:
+    """The exit status. perturb: see `train_purifier`; settings: of it, for config.json."""
     args = parse_arguments(argv)
     ranks = start_ranks(start_device(args.device))
-    data, p = load_data(args, ranks)
+    data, given = ranks.take_turns(partial(load_inputs, args, ranks.device))
+    p = plan_training(args, data, given, ranks)
 
-    # Stage one trains a classifier, from fresh weights or on from given ones, or it takes given ones as they are.
-    given = args.train_on or args.classifier
-    if given is None and args.stage == "all" and data.name in PUBLISHED and (p.depth, p.width) == (28, 10):
-        given = "published"
-    given = None if given == "train" else given
-    torch.manual_seed(args.seed)
-    if given:
-        classifier = load_given(given, data, args.data_dir, ranks.device)
-        sizes = {name: classifier.config[name] for name in ("depth", "width")}
-        for name, size in sizes.items():
-            if getattr(args, name) not in (None, size):
-                raise ValueError(f"--{name} {getattr(args, name)} is not that of {given}, {size}: leave it out")
-        p = dataclasses.replace(p, **sizes)
-    else:
+    classifier = given
+    if given is None:
+        torch.manual_seed(args.seed)
         sizes = len(data.classes), p.depth, p.width, data.train_images.shape[1]
         classifier = WideResNet(*sizes, data.mean, data.std).to(ranks.device)
-    final = load_given(args.final, data, args.data_dir, ranks.device) if args.final else None
+    carso = None
+    if args.stage == "all":  # already now: a defence that cannot be built is refused before the training
+        layers, shape = find_layers(classifier, args.tap), tuple(data.train_images.shape[1:])
+        torch.manual_seed(args.seed)
+        carso = build_carso(classifier, layers, shape, p.samples, p.condition_dim, p.latent_dim, p.decoder_width)
 
-    if args.stage == "all":
-        build_defence(classifier, data, p, args.tap, args.seed)  # what cannot be built is refused before the training
-
-    asked = {name: getattr(args, name) for name in ("dataset", "classifier", "train_on", "final", "tap", "seed")}
-    config = asked | dataclasses.asdict(p) | more
-    config["data"] = datasets.fingerprint(data.train_images, data.train_labels, data.classes)
-    networks = (classifier if given else None, final)
-    config["weights"] = [hash_weights(network) for network in networks if network is not None]
-    folder = Path("runs") / (args.name or Path(os.path.abspath(args.dataset)).stem)
-    if ranks.first:
-        datasets.check_config(folder / "config.json", config, "--name")
-    run = Run(folder, config, ranks, 60 * args.save_every)
+    folder = name_folder(args.dataset, args.name)
+    settings["tap"] = args.tap
+    ranks.check_alike({"stage": args.stage})
+    run = Run(folder, data, p, given, ranks, args.seed, args.micro_batch, 60 * args.save_every, **settings)
     if run.is_complete():
         return 0
     run.say(f"{data.name}: {len(data.train_labels)} training pictures {tuple(data.train_images.shape[1:])}, "
@@ -814,16 +984,16 @@ def main(argv=None, perturb=attack_every_batch, **more) -> int:
     for note in data.notes:
         run.say(note)
 
-    if args.train_on or not given:
-        classifier = make_classifier(run, data, classifier.requires_grad_(True), p, args.micro_batch)
-    if args.stage == "classifier":
-        run.say(f"now: python evaluate.py --ckpt {folder / 'classifier.pt'} --dataset {args.dataset} "
-                f"--eps {format_eps(p.eps)}")  # fmt: skip
-        return 0
-    carso = build_defence(classifier, data, p, args.tap, args.seed).to(ranks.device)
-    carso.final = final and final.requires_grad_(False)
-    train_purifier(run, data, carso, p, args.micro_batch, perturb)
-    finish(run, data, args.data_dir, carso)
+    with run.stopping_gently():
+        if given is None:
+            make_classifier(run, classifier)
+        if carso is None:
+            path = str(folder / "classifier.pt")
+            hint = ["evaluate.py", "--ckpt", path, "--dataset", args.dataset, "--eps", format_eps(p.eps)]
+            run.say(f"now: python {shlex.join(hint)}")
+            return 0
+        train_purifier(run, carso.to(ranks.device), perturb)
+        finish(run, carso, dataset=args.dataset, data_dir=args.data_dir)
     return 0
 
 

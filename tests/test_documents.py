@@ -1,6 +1,7 @@
 """The shape of the repository, and what the README says of it: imports, tables, links, the code that it prints."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -80,18 +81,24 @@ def test_options_in_the_readme_exist(capsys):
 
 
 def test_the_own_classifier_of_the_readme_is_trained_and_attacked(tmp_path):
-    """The README's own.py, as it stands there but for its length."""
+    """The README's lines, as they stand there but for their length, pasted into Python's prompt; a second time with
+    another network, which must not go on with the first one's purifier."""
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "build_carso" in block)
-    assert len(code.strip().splitlines()) <= 32 and "epochs=8" in code and "steps=20" in code
+    assert "epochs=8" in code and "steps=20" in code and "manual_seed(0)" in code
     for name in CARD:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     code = code.replace("epochs=8", "epochs=1").replace("[:100]", "[:5]").replace("steps=20", "steps=2")
-    (tmp_path / "own.py").write_text(code)
-    done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"clean \d\.\d+, attacked \d\.\d+", done.stdout), done.stdout
+    how = dict(cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-i", "-q"], input=code, **how)
+    assert "Error" not in done.stderr, done.stderr
+    for model in ("the classifier", "CARSO"):
+        assert re.search(rf"^{model}: clean \d\.\d+, attacked \d\.\d+", done.stdout, re.M), done.stdout
     assert (tmp_path / "runs" / "own" / "log-purifier.tsv").is_file()
+
+    code = code.replace("manual_seed(0)", "manual_seed(1)").partition("train.train_purifier")[0]
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    assert re.search(r"ValueError: runs/own holds other settings \(weights: \w+ there, \w+ now\)", done.stderr)
 
 
 AROUND_A_RESNET = """

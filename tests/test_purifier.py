@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, fresh_carso, golden, picture, reference_name, uniform
+from conftest import TESTS, golden, picture, reference_name, uniform
 from torch import nn
 from torch.testing import assert_close
 
@@ -171,25 +171,10 @@ def test_latent_draws_are_reproducible_and_immune_to_the_global_seed(tiny_carso)
     assert not torch.equal(tiny_carso(x), a)
 
 
-@pytest.mark.parametrize("wrong", [dict(samples=-1), dict(own_answer=1.0), dict(own_answer=-0.1), dict(layers=["a"])])
+@pytest.mark.parametrize("wrong", [dict(samples=-1), dict(layers=["a"])])
 def test_arguments_that_make_no_defence_are_refused(tiny_carso, wrong):
     with pytest.raises(ValueError):
         CARSO(**dict(classifier=tiny_carso.classifier, purifier=tiny_carso.purifier, layers=tiny_carso.layers) | wrong)
-
-
-@pytest.mark.parametrize("share", [0.5, 0.7])
-def test_own_answer_is_a_share_of_the_exponentials(tiny_carso, share):
-    """In float64: values, and gradients through the reconstruction and through the classifier's own answer."""
-    carso = tiny_carso.double()
-    carso.own_answer = share
-    x = torch.rand(3, 1, 32, 32, dtype=torch.double, requires_grad=True)
-    z = torch.randn(3, 2, 4, dtype=torch.double)
-    painted = carso.classifier(carso.purify(x, z).flatten(0, 1)).exp().unflatten(0, (3, 2))
-    plain = ((1 - share) * painted + share * carso.classifier(x).exp()[:, None]).log()
-    ours = carso.member_logits(x, z)
-    assert_close(ours, plain)
-    assert_close(*(torch.autograd.grad(logits.sin().sum(), x)[0] for logits in (ours, plain)))
-    assert_close(carso(x, z), plain.exp().sum(1).log())
 
 
 def test_gradients_of_pictures_are_contiguous(tiny_carso):
@@ -266,16 +251,12 @@ def test_any_network_is_defended():
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("final", [False, True])
-def test_one_file_restores_the_defence(tiny_carso, tmp_path, final):
-    if final:
-        tiny_carso.final = WideResNet(5, 16, 1, in_channels=1).eval()
-        tiny_carso.own_answer = 0.7
+def test_one_file_restores_the_defence(tiny_carso, tmp_path):
     path = tmp_path / "folder" / "carso.pt"
     save_carso(path, tiny_carso, dataset="digits", epoch=3)
     restored, state = load_carso(path)
     assert state == {"dataset": "digits", "epoch": 3} and is_carso(path)
-    for name in ("samples", "layers", "own_answer"):
+    for name in ("samples", "layers"):
         assert getattr(restored, name) == getattr(tiny_carso, name)
     x, z = torch.rand(2, 1, 32, 32), torch.randn(2, 3, 4)
     assert torch.equal(restored(x, z), tiny_carso(x, z))
@@ -305,7 +286,7 @@ def test_other_files_are_refused_by_one_sentence(tiny_carso, tmp_path):
         torch.save(content, buffer)
         return buffer.getvalue()
 
-    path, tiny_carso.final = tmp_path / "carso.pt", fresh_carso(5, 3, **SIZES).classifier
+    path = tmp_path / "carso.pt"
     save_carso(path, tiny_carso)
     whole, unfit = path.read_bytes(), f"the weights in {path} "
     for content, sentence in (
@@ -313,11 +294,15 @@ def test_other_files_are_refused_by_one_sentence(tiny_carso, tmp_path):
         (b"nonsense", f"{path} .*is it whole"),
         (whole[:-100], f"{path} .*is it whole"),
         (changed(lambda c: c.pop("purifier_weights")), f"{path} is not a CARSO"),
+        (changed(lambda c: c.pop("kind")), f"{path} is not a CARSO"),
         (changed(lambda c: c["classifier_weights"].popitem()), unfit + "do not fit.*Missing"),
         (changed(lambda c: c.update(classifier_weights=[1])), unfit + "do not fit"),
         (changed(lambda c: c["purifier_weights"].update({"to_mu.bias": "text"})), unfit + "do not fit.*to_mu.bias"),
         (changed(lambda c: c["purifier_weights"]["to_mu.bias"].fill_(torch.inf)), unfit + "are not finite: to_mu.bias"),
-        (changed(lambda c: c.update(final_weights={})), unfit + "do not fit.*Missing"),
+        (
+            changed(lambda c: c.update(kind="Other")),
+            f"{path} holds an Other, which is evaluated by python -m lab.evalu",
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=sentence) as error:
@@ -338,10 +323,10 @@ def test_a_compiled_classifier_is_kept_as_a_plain_one(tiny_carso, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["classifier", "final"])
-def test_another_classifier_than_a_wideresnet_is_not_kept(tiny_carso, tmp_path, place):
+def test_another_classifier_than_one_wideresnet_is_not_kept(tiny_carso, tmp_path, place):
     other = nn.Flatten()
     other.config = {"depth": 10}
     setattr(tiny_carso, place, other)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'carso.pt'}: the {place} is no WideResNet"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'carso.pt'}: only a CARSO around one WideResNet"):
         save_carso(tmp_path / "carso.pt", tiny_carso)
     assert not list(tmp_path.iterdir())

@@ -4,17 +4,19 @@ two processes, with wrong input."""
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import os
+import pickle
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import traceback
+import threading
 import types
-from pathlib import Path
+import weakref
 
 import numpy as np
 import pytest
@@ -22,7 +24,10 @@ import torch
 import torch.distributed as dist
 from conftest import DEVICE, ROOT, golden, uniform
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import data as datasets
 import models
@@ -31,15 +36,22 @@ import train
 from attacks import balanced_kinds
 from models import WideResNet, hash_weights, load_tensors, representation_layers
 from purifier import Purifier, load_carso
-from train import PRESETS, Lookahead, Preset, Ranks, Run, Stopped, kl_weight, learning_rate, schedule_epoch
+from train import (
+    PRESETS,
+    Batch,
+    Preset,
+    Ranks,
+    Run,
+    Stage,
+    Stopped,
+    kl_weight,
+    learning_rate,
+    schedule_epoch,
+)
 
 CPU = torch.device("cpu")
 
 # ----------------------------------------------------------------------------------- presets, schedules, the optimizer
-
-
-def choose(name: str, *options) -> Preset:
-    return train.choose_preset(name, train.parse_arguments(options))
 
 
 @pytest.mark.parametrize("scenario, preset", [("a", "cifar10"), ("b", "cifar100"), ("c", "tinyimagenet")])
@@ -92,17 +104,17 @@ def test_every_preset_keeps_its_bounds_and_nothing_else_does(name, tmp_path):
 def test_a_run_of_any_length_keeps_the_schedules_proportions(name):
     usual = PRESETS[name]
     for epochs in [*range(1, 30), 10 * usual.epochs]:
-        p = choose(name, "--epochs", str(epochs))
+        p = train.choose_preset(name, {"epochs": epochs})
         assert p.warmup >= 1 and p.warmup + p.plateau <= epochs and p.kl_from <= p.kl_to <= epochs
-    for epochs, knots in (("40", (5, 5, 5, 6)), ("400", (50, 50, 50, 68))):
-        p = choose("cifar10", "--epochs", epochs)
+    for epochs, knots in ((40, (5, 5, 5, 6)), (400, (50, 50, 50, 68))):
+        p = train.choose_preset("cifar10", {"epochs": epochs})
         assert (p.warmup, p.plateau, p.kl_from, p.kl_to) == knots
-    p = choose("cifar10", "--epochs", "40", "--warmup", "0", "--eps", "4/255", "--no-mirror")
+    p = train.choose_preset("cifar10", {"epochs": 40, "warmup": 0, "eps": 4 / 255, "mirror": False})
     assert (p.warmup, p.plateau, p.eps, p.mirror, p.augment) == (0, 5, 4 / 255, False, True)
 
 
 def test_schedules_move_by_step_where_an_epoch_is_short_but_not_in_radams_first_five():
-    paper, one = PRESETS["cifar10"], choose("digits", "--epochs", "1")
+    paper, one = PRESETS["cifar10"], train.choose_preset("digits", {"epochs": 1})
     assert [schedule_epoch(e, n, 10, paper) for e in (0, 1, 199) for n in (0, 9)] == [0, 0, 1, 1, 199, 199]
     at = [schedule_epoch(t // 3, t % 3, 3, paper) for t in range(600)]
     assert at[:5] == [0] * 5 and at[5:] == [t / 3 for t in range(5, 600)]
@@ -116,18 +128,23 @@ def test_schedules_move_by_step_where_an_epoch_is_short_but_not_in_radams_first_
                               (5000, (512, 500), (0.2, 0.02)), (46_081, (512, 5120), (0.2, 0.064))],
 )  # fmt: skip
 def test_small_sets_get_batches_of_a_tenth_and_lower_rates(count, batches, rates):
-    p = train.fit_batches(PRESETS["cifar10"], count, train.parse_arguments([]))
+    p = PRESETS["cifar10"]
+    data = types.SimpleNamespace(train_labels=range(count))
+    for stage in ("classifier_", ""):
+        p = train.fit_batches(p, stage, data, {}, processes=1)
     assert (p.classifier_batch_size, p.batch_size) == batches
     assert (p.classifier_learning_rate, p.learning_rate) == pytest.approx(rates, rel=0.02)
-    for given in (["--batch-size", "5120"], ["--learning-rate", "0.064"]):
-        assert train.fit_batches(PRESETS["cifar10"], count, train.parse_arguments(given)).learning_rate == 0.064
+    for given in ({"batch_size": 5120}, {"learning_rate": 0.064}):
+        assert train.fit_batches(PRESETS["cifar10"], "", data, given, processes=1).learning_rate == 0.064
 
 
-def test_refreshed_batchnorm_has_the_statistics_of_the_data():
+def test_averaged_batchnorm_has_the_statistics_of_the_data():
     network = nn.Sequential(nn.BatchNorm1d(3))
     network[0].running_mean.fill_(100)
     parts = torch.randn(4, 25, 3) * 2 + 5
-    train.refresh_batchnorm(network, lambda: [network(part) for part in parts])
+    with train.averaging_batchnorm(network):
+        for part in parts:
+            network(part)
     assert_close(network[0].running_mean, parts.mean((0, 1)))
     assert_close(network[0].running_var, torch.stack([part.var(0) for part in parts]).mean(0))
     assert network[0].momentum == 0.1
@@ -172,27 +189,74 @@ def some_digits(count: int, classes: int = 10) -> datasets.Dataset:
     return dataclasses.replace(whole, train_images=images, train_labels=labels)
 
 
+class OneOfMany(Ranks):
+    """A rank that speaks for the others, too."""
+
+    def gather(self, value=None):
+        return [value] * self.count
+
+    def sum(self, values):
+        return values
+
+
+def some_run(folder, data=None, p=PRESETS["digits"], start=None, ranks=None, **more) -> Run:
+    return Run(folder, some_digits(72) if data is None else data, p, start, ranks or Ranks(CPU), **more)
+
+
+def some_batches(run: Run, *sizes, first=0) -> list[Batch]:
+    """Consecutive batches of these sizes."""
+    batches = []
+    for number, size in enumerate(sizes):
+        generator = run.make_generator("purifier", 0, number)
+        batches.append(Batch(0, number, torch.arange(first, first + size) % len(run.labels), first, generator))
+        first += size
+    return batches
+
+
 @pytest.mark.parametrize("count, micro_batch", [(2, None), (3, None), (1, 4), (2, 3)])
-def test_any_number_of_ranks_attacks_what_one_would(tiny_carso, count, micro_batch):
+def test_any_number_of_ranks_attacks_what_one_would(tmp_path, tiny_carso, count, micro_batch):
     """Up to rounding: where a gradient is nearly 0 its sign, and with it a whole step, may turn."""
     data, p = some_digits(30, 5), dataclasses.replace(PRESETS["digits"], attack_steps=2, fraction=0.6)
-    indices, first, whole = torch.arange(3, 16), 7, []
 
     def attack(rank, count, micro_batch):
-        run = Run(None, {"seed": 0}, Ranks(CPU, rank, count), 60)
-        perturb = train.attack_every_batch(run, data, tiny_carso.classifier, p, micro_batch)
-        (clean, y), generator = run.pictures(data, indices), run.generator("purifier", 0, 0)
-        return perturb(clean, y, indices, 0, first, generator) - clean
+        run = some_run(tmp_path, data, p, ranks=OneOfMany(CPU, rank, count), micro_batch=micro_batch)
+        batches = some_batches(run, 13, first=7)
+        _, perturbed = next(train.attack_batches(run, tiny_carso.classifier, batches))
+        return perturbed - run.load_pictures(batches[0])[0]
 
     whole = attack(0, 1, None)
     parts = torch.cat([attack(rank, count, micro_batch) for rank in range(count)])
-    assert torch.equal(whole.flatten(1).any(1), balanced_kinds(first, 13, 0.6) >= 0)
+    assert torch.equal(whole.flatten(1).any(1), balanced_kinds(7, 13, 0.6) >= 0)
     assert ((whole - parts).abs() > 1e-4).float().mean() < 0.01
 
 
-def test_random_numbers_follow_from_seed_stage_epoch_and_step():
+@pytest.mark.parametrize("begin", [0, 2])
+def test_attacks_of_four_batches_in_one_call_are_those_of_one_by_one(tmp_path, monkeypatch, tiny_carso, begin):
+    """Also where a run goes on in the middle of a group. In float64, or the sign of a rounding is a whole step."""
+    monkeypatch.setattr(datasets, "pixels", lambda images: images.double() / 255)
+    monkeypatch.setattr(torch, "rand", functools.partial(torch.rand, dtype=torch.double))
+    run = some_run(tmp_path, some_digits(72, 5), dataclasses.replace(PRESETS["digits"], attack_steps=3, fraction=0.3))
+    calls, real = [], train.adversarially_balanced_batch
+    count = lambda classifier, x, *args, **how: calls.append(len(x)) or real(classifier, x, *args, **how)  # noqa: E731
+    monkeypatch.setattr(train, "adversarially_balanced_batch", count)
+
+    def attack(together):
+        batches = some_batches(run, 9, 9, 8, 9, 8, 8, first=3)[begin:]
+        pairs = list(train.attack_batches(run, tiny_carso.classifier.double(), batches, together))
+        assert [batch for batch, _ in pairs] == batches
+        draws = [torch.randn(1, generator=batch.generator) for batch in batches]  # what the step will draw
+        return [perturbed for _, perturbed in pairs], torch.cat(draws)
+
+    (one_by_one, draws), (grouped, same_draws) = attack(1), attack(4)
+    assert calls == [9, 9, 8, 9, 8, 8][begin:] + ([35, 16] if begin == 0 else [33])
+    assert torch.equal(draws, same_draws)
+    for mine, other in zip(one_by_one, grouped, strict=True):
+        assert_close(mine, other, rtol=0, atol=1e-6)
+
+
+def test_random_numbers_follow_from_seed_stage_epoch_and_step(tmp_path):
     def draw(seed, *where):
-        return torch.rand(4, generator=Run(None, {"seed": seed}, Ranks(CPU), 60).generator(*where))
+        return torch.rand(4, generator=some_run(tmp_path / f"{seed}", seed=seed).make_generator(*where))
 
     one = draw(0, "purifier", 1, 2)
     assert torch.equal(one, draw(0, "purifier", 1, 2))
@@ -200,18 +264,25 @@ def test_random_numbers_follow_from_seed_stage_epoch_and_step():
         assert not torch.equal(one, draw(*other)), other
 
 
-@pytest.mark.parametrize("window", [1, 3, 100])
-def test_sums_are_complete_however_seldom_they_are_looked_at(tmp_path, window):
-    """Also when the run is stopped, in between or at an epoch's end, and goes on."""
+def train_stage(run: Run, step, epochs: int = 2) -> None:
+    """Eight steps of nine pictures an epoch."""
+    stage = Stage(run, "stage", epochs, 9, {}, ("sum",))
+    for epoch in stage.epochs():
+        for batch in stage.batches(epoch):
+            stage.add(batch, step(batch))
+
+
+def test_sums_are_complete_wherever_a_run_is_stopped(tmp_path):
+    """In an epoch or at its end. Beside them: the numbers that pictures have since the beginning."""
 
     def loop(stop_at):
-        def step(epoch, number, indices, first):
-            run.stopping |= (epoch, number) == stop_at
-            return indices.sum()[None]
+        def step(batch):
+            run.stopping |= (batch.epoch, batch.number) == stop_at
+            assert batch.first == 72 * batch.epoch + 9 * batch.number
+            return batch.indices.sum()[None]
 
-        run = Run(tmp_path, {"seed": 0}, Ranks(CPU), 60)
-        run.window = window
-        run.train("stage", 2, 72, 9, {}, ["sum"], step)
+        run = some_run(tmp_path)
+        train_stage(run, step)
 
     with pytest.raises(Stopped, match="stage epoch 0, step 8"):
         loop((0, 7))
@@ -227,13 +298,13 @@ def test_a_long_epoch_says_every_minute_how_long_the_rest_takes(tmp_path, monkey
     """pace: seconds a step; where they are short, a coarse clock may stand still."""
     now = 0
 
-    def step(*_):
+    def step(_):
         nonlocal now
         now += pace
         return torch.tensor([9.0])
 
     monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
-    Run(tmp_path, {"seed": 0}, Ranks(CPU), 1e9).train("stage", 2, 72, 9, {}, ["one"], step)
+    train_stage(some_run(tmp_path, save_every=1e9), step)
     said = capsys.readouterr().out.splitlines()
     assert said[-1].split()[::3] == ["1", "0m00s"]
     left = {(0, 3): "5m25s", (0, 6): "4m10s", (1, 3): "2m05s", (1, 6): "0m50s"} if pace else {}
@@ -241,13 +312,117 @@ def test_a_long_epoch_says_every_minute_how_long_the_rest_takes(tmp_path, monkey
     assert [line for line in said if "batch " in line] == lines
 
 
-@pytest.mark.parametrize("window, at", [(1, 4), (2, 5)])
-def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_look(tmp_path, window, at):
-    run = Run(tmp_path, {"seed": 0}, Ranks(CPU), 0)
-    run.window, sums = window, [torch.tensor([float(n) if n != 4 else torch.nan]) for n in range(8)]
-    with pytest.raises(ValueError, match=f"stage: the loss is not finite at epoch 0, step {at}: choose a lower"):
-        run.train("stage", 1, 72, 9, {}, ["sum"], lambda epoch, number, *_: sums[number])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="stage: the loss is not finite at epoch 0, step 4: choose a lower"):
+        train_stage(some_run(tmp_path, save_every=0), lambda b: torch.tensor([1.0 if b.number != 4 else torch.nan]))
     assert load_tensors(tmp_path / "stage.resume.pt")["step"] == 4
+
+
+def test_a_folder_belongs_to_one_network_one_data_set_and_one_preset(tmp_path):
+    """Whoever makes the run. What a killed one left half written goes."""
+    classifier, other = WideResNet(10, 10, 1, 1), WideResNet(10, 10, 1, 1)
+    some_run(tmp_path, start=classifier)
+    (tmp_path / ".carso.pt.0a1b.part").write_bytes(b"half")
+    some_run(tmp_path, start=classifier)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    inverted = dataclasses.replace(some_digits(72), train_images=255 - some_digits(72).train_images)
+    faster = dataclasses.replace(PRESETS["digits"], learning_rate=0.1)
+    for key, changed in (
+        ("weights", dict(start=other)), ("weights", dict(start=None)), ("data", dict(data=inverted)),
+        ("learning_rate", dict(p=faster)), ("seed", dict(seed=1)), ("versions", dict(versions=4)),
+    ):  # fmt: skip
+        sentence = rf"holds other settings \({key}: .* there, .* now\): choose another folder"
+        with pytest.raises(ValueError, match=sentence):
+            some_run(tmp_path, **dict(start=classifier) | changed)
+
+
+@pytest.mark.parametrize("first, second, later, waits", [
+    ("SIGTERM", "SIGTERM", 1, True), ("SIGTERM", "SIGTERM", 6, False), ("SIGINT", "SIGTERM", 1, True),
+    ("SIGTERM", "SIGINT", 1, False), ("SIGINT", "SIGINT", 1, False),
+])  # fmt: skip
+def test_a_second_signal_interrupts_unless_it_is_an_echo(tmp_path, monkeypatch, first, second, later, waits):
+    """torchrun passes a SIGTERM on to processes that may have received it themselves."""
+    run, now, before = some_run(tmp_path), 100.0, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
+    with contextlib.nullcontext() if waits else pytest.raises(KeyboardInterrupt), run.stopping_gently():
+        signal.raise_signal(signal.Signals[first])
+        assert run.stopping
+        now += later
+        signal.raise_signal(signal.Signals[second])
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+class Memory(TorchDispatchMode):
+    """Inside, counts the bytes of the tensors that are made and still alive, and the most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.count, out)
+        return out
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
+        return tensor
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def test_a_representation_made_in_pieces_is_held_once():
+    classifier, layers = WideResNet(10, 16, 2), representation_layers(16)
+    x = torch.rand(64, 3, 32, 32)
+    whole = train.record_piecewise(classifier.eval(), layers, x, None)
+    with Memory() as memory:
+        pieces = train.record_piecewise(classifier, layers, x, 4)
+    assert_close(pieces, whole)
+    assert memory.peak < 1.3 * sum(layer.nbytes for layer in whole)
+
+
+def commands_for_cifar10() -> list[str]:
+    readme = (ROOT / "README.md").read_text()
+    return re.findall(r"^(?:torchrun|python) .*train\.py.*--dataset cifar10.*$", readme, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands_for_cifar10())
+def test_the_readmes_commands_fit_into_the_memory_of_a_gpu(command):
+    """A step of stage two, on tensors of which only the sizes are real. A line that names 24 GB is for such a card, the
+    others are for 80 GB; cuDNN and CUDA want some, too."""
+    processes = int((re.findall(r"nproc_per_node=(\d+)", command) or [1])[0])
+    options = command.partition("train.py")[2].partition("#")[0].split()
+    args = train.parse_arguments(options)
+    numbers = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)}
+    p = train.choose_preset("cifar10", {name: number for name, number in numbers.items() if number is not None})
+
+    classifier = WideResNet(10, p.depth, p.width)
+    layers = representation_layers(p.depth)
+    sizes = p.samples, p.condition_dim, p.latent_dim, p.decoder_width
+    carso = purifier.build_carso(classifier, layers, (3, 32, 32), *sizes).train()
+    carso.purifier.recompute = args.micro_batch is not None
+    batch = p.batch_size // processes
+    with FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
+        x = torch.rand(batch, 3, 32, 32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=p.bf16):
+            representation = train.record_piecewise(classifier, layers, x, args.micro_batch)
+            outputs = carso.purifier(x, representation, torch.randn(batch, p.latent_dim))
+        sum(output.float().sum() for output in outputs).backward()
+    weights = sum(parameter.nbytes for parameter in carso.parameters())
+    gigabytes = (memory.peak + 4 * weights) / 1e9  # beside the weights: RAdam's two averages, the slow ones
+    print(f"{command}: {gigabytes:.1f} GB")
+    assert gigabytes < (20 if "24 GB" in command else 75)
 
 
 # ----------------------------------------------------------------------------------------------------- the real script
@@ -282,53 +457,48 @@ def here(folder, *options, code=0, main=train.main, name="train.py") -> str:
     return said.getvalue()
 
 
-def fork(folder, options, main, name, rank=0, **variables) -> int:
-    """The script in another process, a fork of this one, which saves a start; it says all into said-RANK.txt."""
-    if DEVICE == "cuda":
-        pytest.skip("CUDA survives no fork")
-    if child := os.fork():
-        return child
-    try:
-        signal.alarm(100)
-        os.chdir(folder)
-        os.environ |= variables | {"RANK": str(rank)} if variables else {}
-        sys.argv, sys.stdout = [name], open(f"said-{rank}.txt", "w")
-        sys.stderr = sys.stdout
-        models.run_script(name, lambda: main([str(option) for option in options]))
-    except SystemExit as stop:
-        status = stop.code
-    except BaseException:
-        traceback.print_exc()
-        status = 99
-    sys.stdout.flush()
-    os._exit(status)
+def start(folder, *options, script="train", patch="", said="said.txt", **variables) -> subprocess.Popen:
+    """The script in a process of its own, after the statements of `patch`; it says all into a file."""
+    program = f"""
+import os, signal, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+import models, train, {script}
+{patch}
+models.run_script({script!r}, lambda: {script}.main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, *map(str, options)]
+    with open(folder / said, "w") as file:
+        return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT | variables, stdout=file, stderr=subprocess.STDOUT)
 
 
-def wait(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def pair(folders, *options, main=train.main, name="train.py") -> list[int]:
-    """Statuses of two processes that act as one, by the variables that torchrun sets."""
+def pair(folders, *options, patches=("", ""), script="train", local_ranks="01") -> list[int]:
+    """Statuses of two processes that act as one, by torchrun's variables. They say all into said-RANK.txt."""
+    if DEVICE == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("two processes want a GPU each")
     with socket.create_server(("127.0.0.1", 0)) as server:
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
     variables |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
-    return [wait(c) for c in [fork(folder, options, main, name, r, **variables) for r, folder in enumerate(folders)]]
+    processes = []
+    for rank, folder in enumerate(folders):
+        own = {"RANK": f"{rank}", "LOCAL_RANK": local_ranks[rank]}
+        how = dict(script=script, patch=patches[rank], said=f"said-{rank}.txt")
+        processes.append(start(folder, *options, **how, **variables, **own))
+    return [process.wait(timeout=100) for process in processes]
 
 
-def kill(folder, file: str, times: int, *options, main=train.main, name="train.py") -> str:
+def kill(folder, file: str, times: int, *options, script="train") -> str:
     """What the script says until SIGKILL, which comes when it is about to put a file in place for the n-th time."""
-    left, real = iter(range(1, 1000)), os.replace
-
-    def replace(source, target):
-        if Path(target).name == file and next(left) == times:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(source, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        assert wait(fork(folder, options, main, name)) == -signal.SIGKILL
-    return (folder / "said-0.txt").read_text()
+    patch = f"""
+left, real = [{times}], os.replace
+def replace(source, target):
+    left[0] -= os.path.basename(target) == {file!r}
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+"""
+    assert start(folder, *options, script=script, patch=patch).wait(timeout=100) == -signal.SIGKILL
+    return (folder / "said.txt").read_text()
 
 
 def write_tiny(folder) -> None:
@@ -343,7 +513,7 @@ def folder(tmp_path_factory):
     """A tiny data set, and one complete run on it, named whole."""
     folder = tmp_path_factory.mktemp("train")
     write_tiny(folder)
-    (folder / "said.txt").write_text(execute(folder, ROOT / "train.py", *OPTIONS, "--name", "whole"))
+    (folder / "said-whole.txt").write_text(execute(folder, ROOT / "train.py", *OPTIONS, "--name", "whole"))
     return folder
 
 
@@ -353,10 +523,9 @@ def result(run):
 
 def assert_same(one, other, close=0.0):
     """The same weights and rows of the logs in two runs' folders."""
-    a, b = result(one).state_dict(), result(other).state_dict()
-    assert a.keys() == b.keys()
-    for key in a:
-        assert_close(a[key], b[key], rtol=close, atol=close, msg=lambda text, key=key: f"{key}: {text}")
+    a, b = (load_tensors(run / "carso.pt") for run in (one, other))
+    for part in ("classifier_weights", "purifier_weights"):
+        assert_close(a[part], b[part], rtol=close, atol=close)
     for log in other.glob("log-*.tsv"):
         rows = (np.loadtxt(path, skiprows=1) for path in (one / log.name, log))
         np.testing.assert_allclose(*rows, rtol=close / 10, atol=close / 100)
@@ -367,11 +536,11 @@ WHOLE |= {f"log-{stage}.tsv" for stage in ("classifier", "purifier", "batchnorm"
 
 
 def test_a_run_leaves_what_it_promises_and_says_what_it_logs(folder):
-    whole, said = folder / "runs" / "whole", (folder / "said.txt").read_text()
+    whole, said = folder / "runs" / "whole", (folder / "said-whole.txt").read_text()
     assert {path.name for path in whole.iterdir()} == WHOLE and not list(folder.rglob("*.part"))
     carso, state = load_carso(whole / "carso.pt")
     assert state["dataset"] == "tiny.npz" and carso.samples == 2 and state["classes"] == ["0", "1", "2"]
-    assert "\r" not in said and said.endswith("now: python evaluate.py --ckpt runs/whole/carso.pt --budget reduced\n")
+    assert "\nnow: python evaluate.py --ckpt runs/whole/carso.pt --budget reduced\n" in said
     printed = [line.split() for line in said.splitlines() if re.match(r" *(\d|epoch)", line)]
     for stage in ("classifier", "purifier", "batchnorm"):
         log = [line.split("\t") for line in (whole / f"log-{stage}.tsv").read_text().splitlines()]
@@ -403,38 +572,54 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(folder):
     assert_same(folder / "runs" / "whole", left)
 
 
-def interrupt(monkeypatch, at: int, *signals, rank=None):
-    """The signals arrive in the middle of the purifier's step number `at`, at one process only."""
-    steps, real = iter(range(1, 1000)), Lookahead.step
-
-    def step(self):
-        real(self)
-        for name in signals if next(steps) == at and os.environ.get("RANK") == rank else ():
+INTERRUPT = """
+steps, step = iter(range(1, 1000)), train.Lookahead.step
+def interrupted(self):
+    step(self)
+    if next(steps) == {at}:
+        for name in {signals}:
             os.kill(os.getpid(), name)
-
-    monkeypatch.setattr(Lookahead, "step", step)
+train.Lookahead.step = interrupted
+"""
 
 
 @pytest.mark.parametrize("name, at, where", [("SIGTERM", 4, "epoch 0, step 4"), ("SIGINT", 7, "epoch 1, step 2")])
 def test_a_stopped_run_saves_first_and_ends_as_if_it_had_not_been(folder, monkeypatch, name, at, where):
     """Before and after Lookahead's first synchronisation, at step 6."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     given = [*OPTIONS, "--name", name, "--classifier", "runs/whole/classifier.pt"]
     with monkeypatch.context() as patch:
-        interrupt(patch, at, signal.Signals[name])
+        patch.setattr(train.Lookahead, "step", train.Lookahead.step)  # what comes is undone
+        exec(INTERRUPT.format(at=at, signals=[int(signal.Signals[name])]), {"train": train, "os": os})
         said = here(folder, *given, code=130)
     assert f"stopped at purifier {where}, and saved; the same command goes on" in said
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert f"going on at {where}" in here(folder, *given)
     assert_same(folder / "runs" / "whole", folder / "runs" / name)
 
 
-def test_a_second_ctrl_c_does_not_wait(folder, monkeypatch):
-    given = [*OPTIONS, "--name", "hasty", "--classifier", "runs/whole/classifier.pt"]
-    interrupt(monkeypatch, 7, signal.SIGINT, signal.SIGINT)
-    said = here(folder, *given, code=130)
-    assert said.splitlines()[-1] == "stopped; the same command goes on from what was saved"
-    assert {path.name for path in (folder / "runs" / "hasty").iterdir()} == {"config.json", "log-purifier.tsv"}
+def test_another_thread_trains_without_signals(folder):
+    said = []
+    options = [*OPTIONS, "--name", "thread", "--classifier", "runs/whole/classifier.pt", "--epochs", "1"]
+    thread = threading.Thread(target=lambda: said.append(train.main(options)))
+    with contextlib.chdir(folder):
+        thread.start()
+        thread.join()
+    assert said == [0] and (folder / "runs" / "thread" / "carso.pt").is_file()
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+HASH = """
+add = train.Stage.add
+def hashed(stage, batch, sums):
+    network = stage.parts.get("purifier", stage.parts.get("network"))
+    print("weights", stage.name, batch.epoch, batch.number, models.hash_weights(network))
+    add(stage, batch, sums)
+train.Stage.add = hashed
+"""
+
+
+def said_by(folders) -> list[list[str]]:
+    return [(folder / f"said-{rank}.txt").read_text().splitlines() for rank, folder in enumerate(folders)]
 
 
 def test_two_processes_of_torchrun_give_the_same_weights(folder):
@@ -450,21 +635,61 @@ def test_two_processes_of_torchrun_give_the_same_weights(folder):
         assert_close(one[key], two[key], rtol=CLOSE, atol=CLOSE)
 
 
-def test_two_processes_without_a_shared_folder_stop_and_go_on_together(folder, tmp_path, monkeypatch):
-    """Only one of them gets the signal, and only the first one sees what was saved."""
+def test_two_processes_without_a_shared_folder_stop_and_go_on_in_any_number(folder, tmp_path):
+    """Only one of them gets the signal, twice, as if torchrun passed it on; only the other one sees what was saved. All
+    ranks have the same weights after each step."""
     folders = tmp_path / "here", tmp_path / "elsewhere"
     for each in folders:
         each.mkdir()
         write_tiny(each)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 7, signal.SIGTERM, rank="1")
-        assert pair(folders, *OPTIONS) == [130, 130]
+    stop = INTERRUPT.format(at=7, signals=[int(signal.SIGTERM)] * 2)
+    assert pair(folders, *OPTIONS, patches=(HASH, stop + HASH)) == [130, 130]
     assert [(each / "runs").exists() for each in folders] == [True, False]
-    assert pair(folders, *OPTIONS) == [0, 0]
-    said = (folders[0] / "said-0.txt").read_text()
+    first, second = ([line for line in said if line.startswith("weights")] for said in said_by(folders))
+    assert first == second and len(first) == 3 + 7 and len(set(first)) == len(first)
+    shutil.copytree(folders[0] / "runs", tmp_path / "runs")
+    write_tiny(tmp_path)
+
+    assert pair(folders, *OPTIONS, patches=(HASH, HASH)) == [0, 0]
+    first, second = ([line for line in said if line.startswith("weights")] for said in said_by(folders))
+    assert first == second and len(first) == 3 + 5
+    said = "\n".join(said_by(folders)[0])
     assert "classifier: 1 epochs" not in said and "going on at epoch 1, step 2" in said
     assert_same(folder / "runs" / "whole", folders[0] / "runs" / "tiny", close=CLOSE)
-    assert pair(folders, *OPTIONS) == [0, 0] and "is complete" in (folders[0] / "said-0.txt").read_text()
+
+    assert "going on at epoch 1, step 2" in here(tmp_path, *OPTIONS)  # alone
+    assert_same(folder / "runs" / "whole", tmp_path / "runs" / "tiny", close=CLOSE)
+
+
+def test_processes_with_other_data_or_weights_are_refused_by_the_first(tmp_path):
+    folders = tmp_path / "here", tmp_path / "elsewhere"
+    normalisation = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.5])}
+    for each in folders:
+        each.mkdir()
+        write_tiny(each)
+        models.save_tensors(each / "given.pt", {"state_dict": WideResNet(3, 10, 1, 1).state_dict() | normalisation})
+    arrays = dict(np.load(folders[1] / "tiny.npz"))
+    np.savez(folders[1] / "tiny.npz", **arrays | {"train_images": 255 - arrays["train_images"]})
+    assert pair(folders, *OPTIONS, "--classifier", "given.pt") == [2, 2]
+    one, other = said_by(folders)
+    here, there = r"\w+ in process 0", r"\w+ in process 1"
+    assert re.match(
+        rf"train: the processes differ \(data: {here}, {there}; weights: {here}, {there}\): give all", one[-1]
+    )
+    assert other == [] and not any((each / "runs").exists() for each in folders)
+
+
+@pytest.mark.parametrize("missing, local_ranks", [(0, "01"), (1, "00")])
+def test_the_process_that_fails_to_load_for_its_machine_speaks_alone(tmp_path, missing, local_ranks):
+    """Two processes of one machine, where only the first may try; one process on each of two machines."""
+    folders = tmp_path / "here", tmp_path / "elsewhere"
+    for rank, each in enumerate(folders):
+        each.mkdir()
+        if rank != missing:
+            write_tiny(each)
+    assert pair(folders, *OPTIONS, local_ranks=local_ranks) == [2, 2]
+    said = said_by(folders)
+    assert said[missing][-1].startswith("train: tiny.npz is none of") and said[1 - missing] == []
 
 
 @pytest.mark.parametrize("how", [["--micro-batch", "4"], ["--bf16"]])
@@ -493,6 +718,50 @@ def test_less_memory_and_less_precision_change_roundings_only(folder, monkeypatc
         assert_same(whole, run, close=CLOSE)
 
 
+def write_cifar10(folder) -> None:
+    """Some pictures as torchvision keeps CIFAR-10's, and a module that makes it believe in them."""
+    data = folder / "data" / "cifar-10-batches-py"
+    data.mkdir(parents=True)
+    rng, labels = np.random.default_rng(0), np.arange(192) % 10
+    pictures = (20 * labels[:, None] + rng.integers(0, 60, (192, 3072))).astype(np.uint8)
+    files = {
+        "data_batch_1": {"data": pictures[:160], "labels": labels[:160].tolist()},
+        "test_batch": {"data": pictures[160:], "labels": labels[160:].tolist()},
+        "batches.meta": {"label_names": list("abcdefghij")},
+    }
+    hashes = {}
+    for name, content in files.items():
+        (data / name).write_bytes(pickle.dumps(content))
+        hashes[name] = hashlib.md5((data / name).read_bytes()).hexdigest()
+    (folder / "sitecustomize.py").write_text(f"""
+from torchvision.datasets import CIFAR10
+hashes = {hashes}
+CIFAR10.train_list = [["data_batch_1", hashes["data_batch_1"]]]
+CIFAR10.test_list = [["test_batch", hashes["test_batch"]]]
+CIFAR10.meta["md5"] = hashes["batches.meta"]
+""")
+
+
+@pytest.mark.slow
+def test_the_cards_own_line_on_eight_processes(tmp_path, monkeypatch):
+    """As one process would train and evaluate, but for the order of summation."""
+    write_cifar10(tmp_path)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=8".split()
+    small = ["--depth", 10, "--width", 1, "--classifier-epochs", 1, *TINY[TINY.index("--attack-steps") :]]
+    training = ["--dataset", "cifar10", "--epochs", 1, *small, "--device", "cpu"]
+    said = execute(tmp_path, *torchrun, ROOT / "train.py", *training)
+    assert "cifar10: 160 training pictures (3, 32, 32), 10 classes; 8 process(es) on cpu" in said
+    execute(tmp_path, ROOT / "train.py", *training, "--name", "alone")
+    assert_same(tmp_path / "runs" / "alone", tmp_path / "runs" / "cifar10", close=1e-3)
+
+    numbers = "--attack rand --pictures 16 --chunk 2 --steps 2 --eot 1 --select 2 --draws 2 --device cpu".split()
+    evaluation = [ROOT / "evaluate.py", "--ckpt", "runs/cifar10/carso.pt", *numbers]
+    execute(tmp_path, *torchrun, *evaluation, "--out", "eight")
+    execute(tmp_path, *evaluation, "--out", "one")
+    assert (tmp_path / "eight" / "rows.tsv").read_text() == (tmp_path / "one" / "rows.tsv").read_text()
+
+
 # --------------------------------------------------------------------------------------------------------- the options
 
 
@@ -514,34 +783,20 @@ def given(folder):
 )  # fmt: skip
 def test_a_pattern_stands_for_the_papers_layers_that_it_matches(tap, layers):
     """Each of them once; a name that no pattern stands for is the module of that name."""
-    data, p = some_digits(2), dataclasses.replace(PRESETS["digits"], decoder_width=8, condition_dim=8)
-    assert train.build_defence(WideResNet(10, 16, 1, 1), data, p, tap, 0).layers == layers
+    assert train.find_layers(WideResNet(10, 16, 1, 1), tap) == layers
 
 
-def test_a_classifier_from_a_file_a_second_one_a_layer_and_no_samples(folder, given, monkeypatch):
-    torch.manual_seed(5)
-    final = WideResNet(3, 10, 2, 1)
-    normalisation = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.5])}
-    models.save_tensors(folder / "final.pt", {"state_dict": final.state_dict() | normalisation})
-    options = [*given, "--name", "second", "--final", "final.pt", "--tap", "init_conv", "--samples", "0"]
+def test_a_classifier_from_a_file_a_layer_and_no_samples(folder, given, monkeypatch):
+    options = [*given, "--name", "second", "--tap", "init_conv", "--samples", "0"]
     optimizers, build = [], train.build_optimizer
     monkeypatch.setattr(train, "build_optimizer", lambda *a: optimizers.append(build(*a)) or optimizers[0])
     assert "classifier: " not in here(folder, *options)
     carso, whole = (result(folder / "runs" / name) for name in ("second", "whole"))
-    assert hash_weights(carso.final) == hash_weights(final)
-    assert hash_weights(carso.classifier) == hash_weights(whole.classifier) and not whole.final
+    assert hash_weights(carso.classifier) == hash_weights(whole.classifier)
     assert carso.layers == ["init_conv"] and carso.samples == 0
     x = torch.rand(2, 1, 32, 32)
     assert torch.equal(carso(x), carso(x))  # z = 0, nothing is drawn
     assert_close(list(carso.purifier.parameters()), optimizers[0].slow, check_device=False)  # not Lookahead's fast ones
-
-
-def test_stage_one_goes_on_from_given_weights(folder):
-    options = [*OPTIONS, "--name", "on", "--train-on", "runs/whole/classifier.pt", "--stage", "classifier"]
-    here(folder, *options, "--classifier-learning-rate", "0", "--classifier-weight-decay", "0")
-    before, after = (load_tensors(folder / "runs" / n / "classifier.pt")["state_dict"] for n in ("whole", "on"))
-    for key, old in before.items():  # the learning rate is 0: only BatchNorm's statistics move
-        assert torch.equal(old, after[key]) != ("running" in key or "tracked" in key), key
 
 
 def test_stage_classifier_ends_after_stage_one_and_stage_two_can_follow(folder, monkeypatch):
@@ -579,7 +834,8 @@ def test_stage_one_is_its_recipe(folder, monkeypatch, augment):
 
 @pytest.mark.parametrize(
     "options, want",
-    [([], "keep published"), (["--width", "2"], "train None"), (["--train-on", "a.pt"], "train a.pt"),
+    [([], "keep published"), (["--width", "2"], "train None"), (["--preset", "digits"], "train None"),
+     (["--classifier", "train"], "train None"),
      (["--classifier", "Wang2023Better_WRN-28-10"], "keep Wang2023Better_WRN-28-10")],
 )  # fmt: skip
 def test_published_is_the_default_where_it_exists(tmp_path, monkeypatch, options, want):
@@ -588,19 +844,56 @@ def test_published_is_the_default_where_it_exists(tmp_path, monkeypatch, options
 
     loaded, data = [None], dataclasses.replace(some_digits(60), name="cifar10")
     monkeypatch.setattr(datasets, "load", lambda *_: data)
-    monkeypatch.setattr(train, "load_given", lambda weights, *_: loaded.append(weights) or WideResNet(10, 10, 1, 1))
+    published = WideResNet(10, 28, 10, 1)
+    monkeypatch.setattr(train, "fetch_classifier", lambda _, name, *__: loaded.append(name) or published)
     monkeypatch.setattr(train, "make_classifier", functools.partial(stop, "train"))
     monkeypatch.setattr(train, "train_purifier", functools.partial(stop, "keep"))
     assert here(tmp_path, "--dataset", "cifar10", *options, code=2).splitlines()[-1] == f"train.py: {want}"
 
 
 @pytest.mark.parametrize("name, samples", [("digits", 3), ("mine.npz", 300)])
-def test_the_reduced_budget_is_proposed_for_own_pictures_only(tmp_path, tiny_carso, capsys, name, samples):
+def test_the_last_lines_say_how_to_go_on(tmp_path, tiny_carso, monkeypatch, capsys, name, samples):
+    """In a command for the shell; the reduced budget for own pictures only. Where CARSO is far below its classifier on
+    clean pictures, the training was too short."""
     tiny_carso.samples = samples
-    data = some_digits(5)
+    data = some_digits(72)
     data = dataclasses.replace(data, name=name, test_images=data.test_images[:2], test_labels=data.test_labels[:2])
-    train.finish(Run(tmp_path, {"dataset": name}, Ranks(CPU), 60), data, "data", tiny_carso)
-    assert capsys.readouterr().out.endswith("carso.pt\n" if name == "digits" else "carso.pt --budget reduced\n")
+    run = some_run(tmp_path / "it's a run", data)
+    for clean, too_short in ((0.85, False), (0.75, True)):
+        monkeypatch.setattr(train, "measure_accuracy", lambda model, *_, **__: clean if model is tiny_carso else 0.9)  # noqa: B023
+        train.finish(run, tiny_carso)
+        said = capsys.readouterr().out.splitlines()
+        hint = said[1].split("now: ")[1]
+        assert f"clean {clean:.1%}, its classifier alone 90.0%, on 2 test pictures" in said[0]
+        assert ("train longer" in said[-1]) == too_short and len(said) == 2 + too_short
+        shell = ["sh", "-c", f'printf "%s\\n" {hint}']
+        arguments = subprocess.run(shell, capture_output=True, text=True).stdout.splitlines()
+        assert arguments[:4] == ["python", "evaluate.py", "--ckpt", str(run.folder / "carso.pt")]
+        assert arguments[4:] == ([] if name == "digits" else ["--budget", "reduced"])
+
+
+def test_files_say_what_they_were_trained_on(folder):
+    data = datasets.load(folder / "tiny.npz")
+    expected = datasets.fingerprint(data.train_images, data.train_labels, data.classes)
+    assert load_tensors(folder / "runs" / "whole" / "classifier.pt")["fingerprint"] == expected
+    assert load_carso(folder / "runs" / "whole" / "carso.pt")[1]["fingerprint"] == expected
+
+
+def test_a_file_is_the_same_by_any_path(folder, tmp_path, monkeypatch):
+    """Relative, absolute, or from the home folder, which the shell does not know behind an equals sign."""
+    monkeypatch.setenv("HOME", str(folder))
+    for path in (folder / "tiny.npz", "~/tiny.npz"):
+        said = here(folder, f"--dataset={path}", *TINY, "--name=~/runs/whole", "--data-dir=~/data")
+        assert f"{folder}/runs/whole/carso.pt is complete" in said
+    assert not (folder / "~").exists()
+
+
+def test_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("(default: 0)", "(default: digits)", "(digits 24, cifar10 200, cifar100 200, tinyimagenet 250)"):
+        assert text in said
 
 
 # --------------------------------------------------------------------------------------------------- a script's bad day
@@ -637,8 +930,7 @@ def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, given, monkeypa
         (["--warmup", "30"], "--warmup 30 and --plateau 6 are longer than the 24 epochs"),
         (["--kl-from", "5", "--kl-to", "4"], "--kl-from 5 and --kl-to 4 are not in order"),
         (["--classifier", "nothing.pt"], "there is no file nothing.pt; published for digits are: none"),
-        (["--train-on", "a.pt", "--classifier", "b.pt"], "exclude each other"),
-        (["--stage", "classifier", "--classifier", "x.pt"], "leave out --classifier and --final"),
+        (["--stage", "classifier", "--classifier", "x.pt"], "leave out --classifier"),
         (["--tap", "init_conv", "layer.9.*"], "the classifier has no layer named layer.9.*"),
         (["--tap", "logits"], "layer 0 of the representation is (10,); the purifier's"),
         (["--tap", ""], "layer 0 of the representation is (10,); the purifier's"),
@@ -654,13 +946,13 @@ def test_wrong_input_gets_a_sentence_before_anything_is_written(tmp_path, monkey
 
 
 def test_batches_fit_the_set_and_the_number_of_processes(folder, capsys):
-    def load(*options):
-        args = train.parse_arguments(["--dataset", str(folder / "tiny.npz"), *options])
-        return train.load_data(args, Ranks(CPU, 0, 8), train.choose_preset("digits", args))[1]
+    def plan(*options):
+        args = train.parse_arguments(["--preset", "digits", *options])
+        return train.plan_training(args, datasets.load(folder / "tiny.npz"), None, Ranks(CPU, 0, 8))
 
-    assert load().batch_size == 16 and "--batch-size 16 for ten batches an epoch of 45" in capsys.readouterr().out
+    assert plan().batch_size == 16 and "and --batch-size 16, for ten batches an epoch of 45" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--batch-size 7 leaves a batch of 6 for 8 process"):
-        load("--batch-size", "7")
+        plan("--batch-size", "7")
 
 
 @pytest.mark.parametrize("channels, classes, sentence", [(3, 3, "for pictures of 3 channel"), (1, 4, "do not fit")])
@@ -668,10 +960,9 @@ def test_weights_that_do_not_fit_the_data_are_refused_by_name(folder, channels, 
     normalisation = {"mean": torch.full((channels,), 0.5), "std": torch.full((channels,), 0.5)}
     weights = WideResNet(classes, 10, 1, channels).state_dict() | normalisation
     models.save_tensors(folder / "other.pt", weights)
-    for option in ("--classifier", "--train-on", "--final"):
-        said = here(folder, *OPTIONS, "--name", "unfit", option, "other.pt", code=2)
-        assert "train.py: " in said and "other.pt" in said and sentence in said
-        assert not (folder / "runs" / "unfit").exists()
+    said = here(folder, *OPTIONS, "--name", "unfit", "--classifier", "other.pt", code=2)
+    assert "train.py: " in said and "other.pt" in said and sentence in said
+    assert not (folder / "runs" / "unfit").exists()
 
 
 def test_a_depth_that_is_not_that_of_the_given_weights_is_refused(folder, given):
@@ -679,30 +970,14 @@ def test_a_depth_that_is_not_that_of_the_given_weights_is_refused(folder, given)
     assert "--depth 22 is not that of" in said and not (folder / "runs" / "deeper").exists()
 
 
-def test_a_folder_stands_on_one_configuration_one_data_set_and_one_set_of_weights(folder, tmp_path, given):
+def test_a_complete_run_is_left_as_it_is_by_other_settings(folder, tmp_path):
     shutil.copy(folder / "tiny.npz", tmp_path)
-    kept = load_tensors(folder / "runs" / "whole" / "classifier.pt")
-    for name in ("weights.pt", "final.pt"):
-        models.save_tensors(tmp_path / name, kept)
     shutil.copytree(folder / "runs" / "whole", tmp_path / "runs" / "whole")
     before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.*")}
     said = here(tmp_path, *OPTIONS, "--name", "whole", "--eps", "1/4", "--seed", "3", code=2)
     assert "runs/whole holds other settings (seed: 0 there, 3 now; eps: 1e-05 there, 0.25 now)" in said
-    assert "choose another --name" in said
+    assert "choose another folder (--name)" in said
     assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.*")} == before
-
-    options = [*OPTIONS, "--name", "one", "--classifier", "weights.pt", "--final", "final.pt", "--epochs", "1"]
-    trained = [*OPTIONS, "--name", "trained", "--final", "final.pt", "--epochs", "1"]
-    for some in (options, trained):
-        here(tmp_path, *some)
-    arrays = dict(np.load(tmp_path / "tiny.npz"))
-    np.savez(tmp_path / "tiny.npz", **arrays | {"train_images": arrays["train_images"] // 2})
-    assert re.search("data: .* there, .* now", here(tmp_path, *options, code=2))
-    np.savez(tmp_path / "tiny.npz", **arrays)
-    kept["state_dict"]["logits.bias"] += 1
-    for name, some in (("weights.pt", options), ("final.pt", trained)):
-        models.save_tensors(tmp_path / name, kept)
-        assert re.search("weights: .* there, .* now", here(tmp_path, *some, code=2))
 
 
 @pytest.mark.parametrize("file", ["classifier.pt", "classifier.resume.pt", "purifier.resume.pt", "batchnorm.resume.pt"])
@@ -718,21 +993,3 @@ def test_damaged_files_are_refused_by_name_and_left_as_they_are(folder, tmp_path
         (whole / file).write_bytes(damaged)
         said = here(tmp_path, *OPTIONS, "--name", "whole", code=2).splitlines()[-1]
         assert said.startswith(f"train.py: runs/whole/{file} ") and (whole / file).read_bytes() == damaged
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are looked up there")
-def test_no_open_file_is_replaced_which_windows_refuses(folder, given, monkeypatch):
-    replaced, real = set(), os.replace
-
-    def replace(source, target):
-        for file in Path("/proc/self/fd").iterdir():
-            for path in (source, target):
-                with contextlib.suppress(OSError):
-                    assert not os.path.samefile(file, path), f"{path} is open"
-        replaced.add(Path(target).name)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    here(folder, *given, "--name", "windows", "--save-every", "0")
-    written = {"purifier.resume.pt", "batchnorm.resume.pt", "config.json", "log-purifier.tsv", "log-batchnorm.tsv"}
-    assert replaced == written | {"carso.pt", "reconstructions.png"}

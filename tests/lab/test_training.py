@@ -12,19 +12,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE, fresh_carso
-from test_train import CLOSE, CPU, OPTIONS, assert_same, here, kill, pair, result, some_digits, write_tiny
+from test_train import (
+    CLOSE,
+    CPU,
+    OPTIONS,
+    OneOfMany,
+    assert_same,
+    here,
+    kill,
+    pair,
+    some_batches,
+    some_digits,
+    some_run,
+    write_tiny,
+)
 from torch.testing import assert_close
 
 import data as datasets
 from attacks import KINDS, adversarially_balanced_batch, balanced_kinds
 from lab import attack_once, end_to_end
+from lab.end_to_end import EndToEndCARSO, load_end_to_end
 from models import load_tensors, save_tensors
 from purifier import load_carso, save_carso
-from train import PRESETS, Ranks, Run, Stopped
+from train import PRESETS, Batch, Stage, Stopped
 
 SIZES = {"condition_dim": 8, "latent_dim": 4, "decoder_width": 8}
 train_end = {"main": end_to_end.main, "name": "end_to_end"}
-train_once = {"main": attack_once.train_on_versions, "name": "attack_once"}
+train_once = {"main": attack_once.main, "name": "attack_once"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +63,7 @@ END = "--from start.pt --epochs 2 --batch-size 9 --attack-steps 2 --learning-rat
 
 
 def test_end_to_end_trains_the_decoders_path_and_nothing_else(folder):
-    before, after = load_carso(folder / "start.pt")[0], result(folder / "runs" / "end")
+    before, after = (load_end_to_end(path)[0] for path in (folder / "start.pt", folder / "runs" / "end" / "carso.pt"))
     assert after.own_answer == 0.5 and before.own_answer == 0 and after.samples == 2
     frozen = ("classifier.", "purifier.image_encoder", "purifier.joint_head", "purifier.to_")
     new = after.state_dict()
@@ -65,7 +79,7 @@ def test_end_to_end_trains_the_decoders_path_and_nothing_else(folder):
 
 def test_end_to_end_killed_goes_on_and_ends_as_if_it_had_not_been(folder):
     options = [*END, "--name", "end-killed", "--save-every", "0"]
-    kill(folder, "end-to-end.resume.pt", 8, *options, **train_end)
+    kill(folder, "end-to-end.resume.pt", 8, *options, script="lab.end_to_end")
     assert "going on at epoch 1, step 2" in here(folder, *options, **train_end)
     assert_same(folder / "runs" / "end", folder / "runs" / "end-killed")
 
@@ -73,7 +87,7 @@ def test_end_to_end_killed_goes_on_and_ends_as_if_it_had_not_been(folder):
 @pytest.mark.parametrize("how", ["two processes", "micro-batches"])
 def test_end_to_end_is_the_same_up_to_the_order_of_summation(folder, how):
     if how == "two processes":
-        assert pair([folder] * 2, *END, "--name", how, **train_end) == [0, 0]
+        assert pair([folder] * 2, *END, "--name", how, script="lab.end_to_end") == [0, 0]
     else:
         here(folder, *END, "--name", how, "--micro-batch", "4", **train_end)
     assert_same(folder / "runs" / "end", folder / "runs" / how, 0.02)  # Adam: of a rounding, too, a step of full length
@@ -106,24 +120,53 @@ def test_end_to_end_refuses_before_anything_is_written(folder, options, sentence
     assert not (folder / "runs" / "refused").exists()
 
 
+@pytest.mark.parametrize("share", [0, 0.5, 0.7])
+def test_own_answer_is_a_share_of_the_exponentials(tiny_carso, share):
+    """In float64: values, and gradients through the reconstruction and through the classifier's own answer."""
+    carso = EndToEndCARSO(tiny_carso.classifier, tiny_carso.purifier, tiny_carso.layers).double()
+    carso.own_answer = share
+    x = torch.rand(3, 1, 32, 32, dtype=torch.double, requires_grad=True)
+    z = torch.randn(3, 2, 4, dtype=torch.double)
+    painted = carso.classifier(carso.purify(x, z).flatten(0, 1)).exp().unflatten(0, (3, 2))
+    plain = ((1 - share) * painted + share * carso.classifier(x).exp()[:, None]).log()
+    ours = carso.member_logits(x, z)
+    assert_close(ours, plain)
+    assert_close(*(torch.autograd.grad(logits.sin().sum(), x)[0] for logits in (ours, plain)))
+    assert_close(carso(x, z), plain.exp().sum(1).log())
+
+
+def test_the_root_refuses_what_it_would_evaluate_without_its_own_answer(folder):
+    end, start = folder / "runs" / "end" / "carso.pt", folder / "start.pt"
+    with pytest.raises(ValueError, match=f"{end} holds an EndToEndCARSO, which is evaluated by python -m lab.evaluate"):
+        load_carso(end)
+    x, z = torch.rand(2, 1, 32, 32), torch.randn(2, 3, 4)
+    assert torch.equal(load_end_to_end(start)[0](x, z), load_carso(start)[0](x, z))
+    carso, state = load_end_to_end(end)
+    assert carso.own_answer == state["own_answer"] == 0.5 and not torch.equal(carso(x, z), load_carso(start)[0](x, z))
+
+
 @pytest.fixture
 def double_carso(monkeypatch):
     """In float64, like everything then: Adam's first steps are of full length, also where a gradient is a rounding."""
     torch.set_default_dtype(torch.float64)
     monkeypatch.setattr(datasets, "pixels", lambda images: images / 255)
-    yield fresh_carso(10, samples=2, **SIZES)
+    carso = fresh_carso(10, samples=2, **SIZES)
+    yield EndToEndCARSO(carso.classifier, carso.purifier, carso.layers, carso.samples)
     torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("share, augment, mirror", [(0, False, False), (0.5, True, False), (0.7, True, True)])
-def test_end_to_end_is_its_recipe(monkeypatch, double_carso, share, augment, mirror):
+def test_end_to_end_is_its_recipe(tmp_path, monkeypatch, double_carso, share, augment, mirror):
     """Three steps of two pictures, of two members each, in the second of two epochs, and their average."""
     settings = {"epochs": 2, "batch_size": 2, "learning_rate": 0.01, "eps": 0.1, "augment": augment, "mirror": mirror}
     p, data, pairs = dataclasses.replace(PRESETS["digits"], **settings), some_digits(6), torch.arange(6).view(3, 2)
-    options = ["--own-answer", str(share), "--attack-steps", "3", "--samples", "2", "--reconstruction", "3"]
-    carso, plain, run = double_carso, copy.deepcopy(double_carso), Run(None, {"seed": 0}, Ranks(CPU), 60)
-    monkeypatch.setattr(run, "train", lambda *a: [a[6](1, n, pairs[n], 0) for n in range(3)])
-    end_to_end.train_end_to_end(run, data, carso, p, end_to_end.parse_arguments(options))
+    carso, plain = double_carso, copy.deepcopy(double_carso)
+    carso.own_answer = share
+    run = some_run(tmp_path, data, p)
+    monkeypatch.setattr(datasets, "batches", lambda *_: pairs)
+    saved = {"epoch": 1, "step": 0, "rows": [], "sums": torch.zeros(3), "parts": {}}
+    save_tensors(tmp_path / "end-to-end.resume.pt", saved)
+    end_to_end.train_end_to_end(run, carso, attack_steps=3, samples=2, reconstruction=3)
 
     def answer(x, z):
         members = plain.classifier(plain.purify(x, z).flatten(0, 1)).unflatten(0, z.shape[:2]).exp()
@@ -135,7 +178,7 @@ def test_end_to_end_is_its_recipe(monkeypatch, double_carso, share, augment, mir
     for n in range(3):
         adam.param_groups[0]["lr"] = 0.01 * (1 - (3 + n) / 6)
         x, y = data.train_images[pairs[n]] / 255, data.train_labels[pairs[n]]
-        random = run.generator("end-to-end", 1, n)
+        random = run.make_generator("end-to-end", 1, n)
         start = 2 * torch.rand(x.shape, generator=random) - 1
         if augment:  # test_data.py compares it with slicing
             x = datasets.augment(x, torch.rand(len(x), 3, generator=random), mirror)
@@ -173,8 +216,9 @@ def attack(tmp_path, monkeypatch, tiny_carso):
     data = some_digits(30, 5)
 
     def attack(versions, folder="one", ranks=(0, 1), micro_batch=None):
-        run = Run(tmp_path / folder, {"seed": 0}, Ranks(CPU, *ranks), 60)
-        return attack_once.attack_training_set(versions, run, data, tiny_carso.classifier, P, micro_batch)
+        run = some_run(tmp_path / folder, data, P, ranks=OneOfMany(CPU, *ranks), micro_batch=micro_batch)
+        with run.stopping_gently():
+            return attack_once.attack_training_set(versions, run, tiny_carso.classifier)
 
     attack.data, attack.classifier = data, tiny_carso.classifier
     return attack
@@ -206,29 +250,28 @@ def test_the_batch_is_balanced_as_it_was(attack, tmp_path, versions, fraction, m
     code = 1 + (version + torch.arange(30)) % len(KINDS) + 4 * (version // 4)  # a change says its kind, and which four
     fake = code.half()[..., None, None, None].expand(versions, 30, 1, 32, 32) / 1000
     monkeypatch.setattr(attack_once, "attack_training_set", lambda *_: fake)
-    p, run = dataclasses.replace(P, fraction=fraction), Run(tmp_path, {"seed": 0}, Ranks(CPU), 60)
-    perturb, first, seen = attack_once.attack_once(versions, run, attack.data, None, p, None), 0, []
-    for epoch in range(4):
-        for indices in datasets.batches(30, 7, 0, epoch):
-            clean, y = run.pictures(attack.data, indices)
-            change = perturb(clean / 2, y, indices, epoch, first, None) - clean / 2
+    monkeypatch.setattr(datasets, "pixels", lambda images: images / 512)  # no pixel is near 1
+    run = some_run(tmp_path, attack.data, dataclasses.replace(P, fraction=fraction))
+    stage, seen = Stage(run, "purifier", 4, 7, {}, ()), []
+    for epoch in stage.epochs():
+        for batch, perturbed in attack_once.attack_once(versions, run, None, stage.batches(epoch)):
+            change = perturbed - run.load_pictures(batch)[0]
             code = (1000 * change.flatten(1).amax(1)).round().long() - 1
-            want = balanced_kinds(first, len(indices), fraction)
+            want = balanced_kinds(batch.first, len(batch.indices), fraction)
             assert torch.equal(code >= 0, want >= 0)
             assert versions % 4 or torch.equal(code[code >= 0] % 4, want[want >= 0])
             seen += code[code >= 0].tolist()
-            first += len(indices)
-    assert len(seen) == int(first * fraction) and set(seen) == set(range(max(4, versions)))
-    clean, y = run.pictures(attack.data, torch.arange(30))
-    one, next_one = (perturb(clean / 2, y, torch.arange(30), epoch, 0, None) for epoch in (0, 1))
+    assert len(seen) == int(120 * fraction) and set(seen) == set(range(max(4, versions)))
+    batches = [Batch(epoch, 0, torch.arange(30), 0, None) for epoch in (0, 1)]
+    (_, one), (_, next_one) = attack_once.attack_once(versions, run, None, batches)
     assert torch.equal(one, next_one) == (versions <= 4)  # beyond four, epochs take turns
 
 
 def test_pictures_from_files_are_projected(attack, tmp_path, monkeypatch):
     monkeypatch.setattr(attack_once, "attack_training_set", lambda *_: torch.full((1, 30, 1, 32, 32), 9.0).half())
-    p, run = dataclasses.replace(P, fraction=1.0), Run(tmp_path, {"seed": 0}, Ranks(CPU), 60)
-    x, y = run.pictures(attack.data, torch.arange(8))
-    out = attack_once.attack_once(1, run, attack.data, None, p, None)(x, y, torch.arange(8), 0, 0, None)
+    run = some_run(tmp_path, attack.data, dataclasses.replace(P, fraction=1.0))
+    x = datasets.pixels(attack.data.train_images[:8])
+    [(_, out)] = attack_once.attack_once(1, run, None, some_batches(run, 8))
     assert_close(out, (x + torch.tensor([P.eps / 2, P.eps] * 4)[:, None, None, None]).clamp(max=1))
 
 
@@ -236,7 +279,7 @@ def test_any_number_of_processes_makes_the_same_and_goes_on(attack, tmp_path, mo
     """Each of three makes its share, which their sum joins. What is on disk is not made again."""
     whole = attack(4)
     with monkeypatch.context() as patch:
-        patch.setattr(Ranks, "sum", lambda self, values: 2 * values)  # to see that it is called
+        patch.setattr(OneOfMany, "sum", lambda self, values: 2 * values)  # to see that it is called
         shares = [attack(4, f"{rank}", (rank, 3)) / 2 for rank in range(3)]
     assert torch.equal(sum(shares), whole) and all((share != 0).any() for share in shares)
 
@@ -261,25 +304,26 @@ def files_of(folder, name) -> dict:
     return {path.name: load_tensors(path)["differences"] for path in (folder / "runs" / name / "attacked").glob("*.pt")}
 
 
+STOP_IN_AN_ATTACK = """
+real = lab.attack_once.adversarially_balanced_batch
+def stopped(*args, **how):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **how)
+lab.attack_once.adversarially_balanced_batch = stopped
+"""
+
+
 @pytest.mark.parametrize("how", ["killed", "two processes"])
-def test_the_script_leaves_the_same_files_and_weights(folder, monkeypatch, how):
+def test_the_script_leaves_the_same_files_and_weights(folder, how):
     """Also where one of two processes is asked to stop, and both do."""
-    options, real = [*ONCE, "--name", f"once {how}"], adversarially_balanced_batch
-
-    def stopped(*args, **how):
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **how)
-
+    options, script = [*ONCE, "--name", f"once {how}"], "lab.attack_once"
     if how == "killed":
-        kill(folder, "2-0000000.pt", 1, *options, **train_once)
+        kill(folder, "2-0000000.pt", 1, *options, script=script)
         assert sorted(files_of(folder, f"once {how}")) == ["0-0000000.pt", "1-0000000.pt"]
         here(folder, *options, **train_once)
     else:
-        with monkeypatch.context() as patch:
-            patch.setattr(attack_once, "adversarially_balanced_batch", stopped)
-            assert pair([folder] * 2, *options, **train_once) == [130, 130]
-        assert pair([folder] * 2, *options, **train_once) == [0, 0]
+        assert pair([folder] * 2, *options, patches=("", STOP_IN_AN_ATTACK), script=script) == [130, 130]
+        assert pair([folder] * 2, *options, script=script) == [0, 0]
     one, other = files_of(folder, "once"), files_of(folder, f"once {how}")
     assert one.keys() == other.keys() == {f"{version}-0000000.pt" for version in range(4)}
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -297,3 +341,10 @@ def test_attack_once_refuses_other_versions_and_damaged_files(folder, tmp_path):
     (folder / "runs" / "damaged" / "attacked" / "1-0000000.pt").write_bytes(b"PK half a file")
     said = here(folder, *ONCE, "--name", "damaged", code=2, **train_once)
     assert re.search("attack_once: runs/damaged/attacked/1-0000000.pt is no file of tensors", said)
+
+
+def test_attack_once_has_a_folder_of_its_own(folder):
+    """So that the README's commands run one after the other."""
+    here(folder, *OPTIONS, "--epochs", "1", "--classifier", "classifier.pt")
+    here(folder, *ONCE, **train_once)
+    assert {"tiny", "tiny-once"} <= {path.name for path in (folder / "runs").iterdir()}
