@@ -30,10 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from aggregate import robust_logits
 from models import (
-    FUSED_ON,
     PUBLISHED,
+    Activation,
     WideResNet,
     fetch,
+    is_fused,
     load_classifier,
     load_tensors,
     load_weights,
@@ -46,6 +47,17 @@ from models import (
 # ---------------------------------------------------------------------------------------------------------- blocks
 
 
+def leaky_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
+def leaky_relu_slope(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, 1.0, 0.2)
+
+
+LEAKY_RELU = Activation(leaky_relu, leaky_relu_slope)
+
+
 class ConvBlock(nn.Sequential):
     """A convolution or a transposed one, BatchNorm2d, LeakyReLU."""
 
@@ -53,13 +65,11 @@ class ConvBlock(nn.Sequential):
         super().__init__(convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(0.2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training or x.device.type not in FUSED_ON:
-            return super().forward(x)
-        return normalise_and_activate(self[1], self[0](x), leaky_relu)
-
-
-def leaky_relu(x: torch.Tensor) -> torch.Tensor:
-    return F.leaky_relu(x, 0.2)
+        convolution, batchnorm, activate = self
+        x = convolution(x)
+        if is_fused(batchnorm, x):
+            return normalise_and_activate(batchnorm, x, LEAKY_RELU)
+        return activate(batchnorm(x))
 
 
 def conv_block(in_channels: int, out_channels: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
