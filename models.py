@@ -16,8 +16,10 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import secrets
 import sys
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -289,6 +291,14 @@ def representation_layers(depth: int) -> list[str]:
     return names
 
 
+def check_maps(name: str, output) -> None:
+    """Raises ValueError unless a layer's output is maps (B, c, h, w): attention's is a tuple, or tokens."""
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"layer {name} puts out a {type(output).__name__}: tap a layer that puts out one tensor")
+    if output.ndim != 4:
+        raise ValueError(f"layer {name} puts out {tuple(output.shape)}: tap a layer that puts out maps (B, c, h, w)")
+
+
 def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run the classifier once and keep the outputs of the named layers.
 
@@ -298,17 +308,27 @@ def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[t
     Returns:
         logits (B, K) and the representation, a list of (B, c_i, h_i, w_i) in the order of `layers`.
     Raises:
-        ValueError: the classifier has no such layer, or did not run it.
+        ValueError: layers is no list of names, the classifier has no such layer, did not run it, ran it more than once,
+            or the layer does not put out maps.
     """
+    if isinstance(layers, str) or not layers:
+        raise ValueError(f"layers must be a list with at least one layer's name, not {layers!r}")
     modules = dict(classifier.named_modules())
     if missing := [name for name in layers if name not in modules]:
         raise ValueError(f"the classifier has no layer named {', '.join(missing)}")
     recorded: dict[str, torch.Tensor] = {}
+    changes_nothing = isinstance(classifier, WideResNet)  # another network may hold a ReLU(inplace=True), or x += y
 
     def keep(name):
-        return lambda module, inputs, output: recorded.update({name: output})
+        def hook(module, inputs, output):
+            check_maps(name, output)
+            if name in recorded:
+                raise ValueError(f"the classifier runs {name} more than once: tap a layer that it runs once")
+            recorded[name] = output if changes_nothing else output.clone()
 
-    handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in dict.fromkeys(layers)]
     try:
         logits = classifier(x)
     finally:
@@ -358,9 +378,18 @@ def save_tensors(path, content: dict) -> None:
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
+def check_zip(path) -> None:
+    """Raises BadZipFile where a byte is wrong; torch.load does not look at the checksums."""
+    with zipfile.ZipFile(path) as archive:
+        folders = [entry for entry in archive.infolist() if entry.external_attr & 0x10]
+        if archive.testzip() or folders:  # of an entry that is marked as a folder, torch.load reads nothing
+            raise zipfile.BadZipFile(path)
+
+
 def load_tensors(path) -> dict:
     """The content of a PyTorch or safetensors file, told apart by their first bytes, on the CPU. No code of the file is
-    run. Raises ValueError, with the file's name, for anything else."""
+    run. Raises ValueError, with the file's name, for anything else, and for a PyTorch file of which a byte is wrong.
+    (Files of PyTorch before 1.6 and safetensors files have no checksums: only their outline and length are checked.)"""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -373,11 +402,15 @@ def load_tensors(path) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if head.startswith(b"PK"):
+            check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch raises anything from KeyError to UnpicklingError on a file it does not know
         reason = "is it whole? Fetch or make it again"
         if "GLOBAL" in str(error).upper():
-            reason = "it holds objects, whose code is never run: keep a model by its state_dict"
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            named = f" ({kind[1]})" if kind else ""
+            reason = f"it holds objects{named}, whose code is never run: keep a model by its state_dict"
         raise ValueError(f"{path} is no file of tensors: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where weights by name should be")
@@ -424,7 +457,9 @@ def load_classifier(path, num_classes: int, mean=None, std=None) -> WideResNet:
         raise ValueError(f"{path} does not hold the mean and std of its training pixels: pass mean= and std=")
     stem, first = weights.get("init_conv.weight"), weights.get("layer.0.block.0.conv_0.weight")
     if stem is None or first is None or not stem.ndim == first.ndim == 4:
-        raise ValueError(f"{path} is not one of the public WideResNets: its first keys are {list(weights)[:3]}")
+        raise ValueError(
+            f"{path} is not one of the public WideResNets: its first keys are {list(weights or content)[:3]}"
+        )
     channels = len(np.ravel(mean if of_data is None else of_data))  # of the caller's pictures, whatever the file says
     if channels != stem.shape[1]:
         raise ValueError(f"{path} is for pictures of {stem.shape[1]} channel(s), not of {channels}")
@@ -436,7 +471,7 @@ def load_classifier(path, num_classes: int, mean=None, std=None) -> WideResNet:
 
 def strip_wrapping(content: dict) -> dict[str, torch.Tensor]:
     """{public name: tensor} of a checkpoint, without nested dicts, wrappers' prefixes and other codes' left-overs."""
-    outer = "model_state_dict", "state_dict", "model"
+    outer = "model_state_dict", "state_dict", "model", "net"
     while inner := [content[key] for key in outer if isinstance(content.get(key), dict)]:
         content = inner[0]
     weights = {}

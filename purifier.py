@@ -145,6 +145,10 @@ class Purifier(nn.Module):
                     f"maps (c, h, w) of more than {2 * convolutions} pixels: tap an earlier layer"
                 )
         mean, std = (tuple(np.ravel(m).astype(float).tolist()) for m in (mean, std))
+        if not len(mean) == len(std) == channels:
+            raise ValueError(
+                f"mean {mean} and std {std} need one number for each of the pictures' {channels} channel(s)"
+            )
         self.config = dict(representation_shapes=representation_shapes, image_shape=tuple(image_shape))
         self.config |= dict(condition_dim=condition_dim, latent_dim=latent_dim, mean=mean, std=std)
         self.config |= dict(decoder_width=decoder_width)
@@ -344,17 +348,16 @@ def build_carso(
         layers: names of modules that put out maps (B, c, h, w); image_shape: (C, H, W).
         condition_dim, latent_dim, decoder_width: of the Purifier; default: the paper's for 32x32 pictures.
         mean, std: of the training data, a number a channel; default: those that a WideResNet holds.
-    Raises ValueError: a layer is missing or its maps are too small; mean and std are not known.
+    Raises ValueError: a layer is missing, puts out no maps, or too small ones; mean and std are not known, or not of
+        image_shape's channels.
     """
     known = getattr(classifier, "config", {})
     mean, std = (known.get(name) if given is None else given for name, given in (("mean", mean), ("std", std)))
     if mean is None or std is None:
         raise ValueError("this classifier does not say how its data are normalised: pass mean= and std=")
     picture = torch.zeros(1, *image_shape, device=next(classifier.parameters()).device)
-    was_training = classifier.training
     with torch.no_grad():
         _, representation = record(classifier.eval(), layers, picture)
-    classifier.train(was_training)
     shapes = [layer.shape[1:] for layer in representation]
     purifier = Purifier(shapes, image_shape, condition_dim, latent_dim, mean, std, decoder_width)
     return CARSO(classifier, purifier, layers, samples)
