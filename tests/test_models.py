@@ -418,6 +418,40 @@ def test_the_device_is_deterministic_and_there(monkeypatch):
         models.start_device("cuda")
 
 
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    "load, cores, threads, variables, hints",
+    [
+        (2.1, 4, 4, {}, True),
+        (1.9, 4, 4, {}, False),
+        (9.0, 4, 4, {"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        (9.0, 4, 1, {}, False),  # which waits for nobody
+        (9.0, 4, 2, TORCHRUN | {"RANK": "0"}, True),
+        (9.0, 4, 2, TORCHRUN | {"RANK": "1"}, False),
+        (None, 4, 4, {}, False),
+    ],
+)
+def test_a_busy_machine_is_told_of_once(monkeypatch, capsys, load, cores, threads, variables, hints):
+    def getloadavg():
+        if load is None:
+            raise OSError("no load here")
+        return load, 0.0, 0.0
+
+    monkeypatch.setattr(os, "getloadavg", getloadavg)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name in ("OMP_WAIT_POLICY", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    models.hint_at_waiting.cache_clear()
+    for _ in range(2):
+        models.start_device("cpu")
+    assert capsys.readouterr().err.count("export OMP_WAIT_POLICY=PASSIVE") == int(hints)
+
+
 @pytest.mark.parametrize(
     "variables, ranks",
     [
