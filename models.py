@@ -81,7 +81,8 @@ def compile_kernel(kind, activation: Activation, eps: float, channels: int, dtyp
     for any number of rows in the others, (N, C). The arguments here are all that it depends on: torch.compile would
     look at every call whether its kernel still fits, which takes the host longer than a layer."""
     any_number = torch.export.Dim("rows", max=(2**31 - 1) // channels)  # counted in 32 bits
-    rows = [torch.ones(64, channels, dtype=dtype, device=device) for dtype in dtypes[:-4]]
+    # An example, from which PyTorch chooses the kernel's blocks; a prime, so that nothing holds for it by accident.
+    rows = [torch.ones(10_007, channels, dtype=dtype, device=device) for dtype in dtypes[:-4]]
     own = [torch.ones(channels, dtype=dtype, device=device) for dtype in dtypes[-4:]]
     sizes = tuple([{0: any_number}] * len(rows) + [None] * len(own))
     # The kernel must not depend on who asks for it first.

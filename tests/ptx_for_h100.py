@@ -24,8 +24,10 @@ PRETENCE = {
 for name, value in PRETENCE.items():
     setattr(torch.cuda, name, lambda *args, value=value: value)
 
+import torch._subclasses.fake_tensor  # noqa: E402
 import torch.utils._triton  # noqa: E402
 
+torch._subclasses.fake_tensor.init_gpu_context = lambda *_: None
 torch.utils._triton.triton_hash_with_backend = lambda: "any"
 
 import triton  # noqa: E402
