@@ -16,11 +16,14 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import secrets
 import sys
+import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +31,145 @@ import torch.nn.functional as F
 from torch import nn
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+
+# ------------------------------------------------------------------------------------- BatchNorm and its activation
+# On a GPU the way through memory takes most of such a layer's time, so that there the two are one kernel forward and
+# one backward. On a CPU only the last function of this chapter counts.
+
+FUSED_ON = ("cuda",)  # kinds of device; () does without
+
+
+class Activation(NamedTuple):
+    """A function of each number in a tensor, and its derivative."""
+
+    value: Callable[[torch.Tensor], torch.Tensor]
+    slope: Callable[[torch.Tensor], torch.Tensor]
+
+
+def silu_slope(x: torch.Tensor) -> torch.Tensor:
+    sigmoid = torch.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+SILU = Activation(F.silu, silu_slope)
+
+
+class ForwardKernel(nn.Module):
+    """activation(BatchNorm(x)) of rows x (N, C), with BatchNorm's weight, bias, mean and variance (C,)."""
+
+    def __init__(self, activation: Activation, eps: float):
+        super().__init__()
+        self.activation, self.eps = activation, eps
+
+    def forward(self, x, weight, bias, mean, variance):
+        scale = weight * torch.rsqrt(variance + self.eps)
+        return self.activation.value(torch.addcmul(bias - mean * scale, x, scale)).to(x.dtype)
+
+
+class BackwardKernel(ForwardKernel):
+    """The gradient in x, (N, C), from the gradient in ForwardKernel's result."""
+
+    def forward(self, gradient, x, weight, bias, mean, variance):
+        scale = weight * torch.rsqrt(variance + self.eps)
+        slope = self.activation.slope(torch.addcmul(bias - mean * scale, x, scale))
+        return (gradient * slope * scale).to(x.dtype)
+
+
+@functools.cache
+def compile_kernel(kind, activation: Activation, eps: float, channels: int, dtypes: tuple, device: torch.device):
+    """kind(activation, eps), compiled for tensors of these dtypes, of which the last four are BatchNorm's own (C,), and
+    for any number of rows in the others, (N, C). The arguments here are all that it depends on: torch.compile would
+    look at every call whether its kernel still fits, which takes the host longer than a layer."""
+    any_number = torch.export.Dim("rows", max=(2**31 - 1) // channels)  # counted in 32 bits
+    # An example, from which PyTorch chooses the kernel's blocks; a prime, so that nothing holds for it by accident.
+    rows = [torch.ones(10_007, channels, dtype=dtype, device=device) for dtype in dtypes[:-4]]
+    own = [torch.ones(channels, dtype=dtype, device=device) for dtype in dtypes[-4:]]
+    sizes = tuple([{0: any_number}] * len(rows) + [None] * len(own))
+    # The kernel must not depend on who asks for it first.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        program = torch.export.export(kind(activation, eps), (*rows, *own), dynamic_shapes=sizes, strict=False)
+        graph = program.graph_module
+        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph")
+
+
+def run_kernel(kind, settings: tuple, *tensors: torch.Tensor) -> torch.Tensor:
+    """kind(*settings)(*tensors)."""
+    dtypes = tuple([tensor.dtype for tensor in tensors])
+    kernel = compile_kernel(kind, *settings, tensors[-1].shape[0], dtypes, tensors[0].device)
+    return kernel(*tensors)[0]
+
+
+class NormaliseAndActivate(torch.autograd.Function):
+    """activation(BatchNorm(x)), (B, C, H, W) -> (B, C, H, W), differentiable once, in x alone. Nothing but x is kept
+    for the backward pass, which computes the rest again."""
+
+    @staticmethod
+    def forward(ctx, x, batchnorm, activation):
+        own = batchnorm.weight, batchnorm.bias, batchnorm.running_mean, batchnorm.running_var
+        rows = as_rows(x)
+        ctx.save_for_backward(rows, *own)
+        ctx.settings = activation, batchnorm.eps
+        return as_maps(run_kernel(ForwardKernel, ctx.settings, rows, *own), x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused BatchNorm has no second derivative: set models.FUSED_ON = ()")
+        rows = run_kernel(BackwardKernel, ctx.settings, as_rows(gradient), *ctx.saved_tensors)
+        return as_maps(rows, gradient.shape), None, None
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B H W, C), which is how channels-last memory lies."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
+
+
+def as_maps(rows: torch.Tensor, shape) -> torch.Tensor:
+    batch, channels, height, width = shape
+    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def has_compiler(device: torch.device) -> bool:
+    """Whether PyTorch can make kernels for this device; a line of log where it cannot."""
+    try:
+        NormaliseAndActivate.apply(torch.ones(2, 8, 1, 1, device=device), nn.BatchNorm2d(8, device=device), SILU)
+        return True
+    except Exception as error:  # PyTorch and Triton raise anything where a compiler is missing
+        print(f"BatchNorm is not fused with its activation: {str(error).splitlines()[0]:.80}", file=sys.stderr)
+        return False
+
+
+def is_fused(batchnorm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
+    """Whether BatchNorm of x (B, C, H, W) and its activation are one kernel: on a GPU, with frozen weights."""
+    learns = torch.is_grad_enabled() and (batchnorm.weight.requires_grad or batchnorm.bias.requires_grad)
+    return (
+        x.device.type in FUSED_ON
+        and not (batchnorm.training or learns)
+        and x.dtype != torch.float64
+        and 0 < x.numel() < 2**31
+        and type(x) is torch.Tensor  # and no stand-in for one, which has no memory
+        and not torch.compiler.is_compiling()  # who compiles the whole network gets it in one piece
+        and has_compiler(x.device)
+    )
+
+
+def normalise_and_activate(batchnorm: nn.BatchNorm2d, x: torch.Tensor, activation: Activation = SILU) -> torch.Tensor:
+    """activation(BatchNorm(x)), (B, C, H, W) -> (B, C, H, W).
+
+    In eval mode BatchNorm amounts to x * scale + shift. PyTorch's own keeps x for the backward pass and goes through it
+    again; this form keeps C numbers. Training mode, and autocast to bfloat16 on a CPU, go through PyTorch's own."""
+    if batchnorm.training:
+        return activation.value(batchnorm(x))
+    if is_fused(batchnorm, x):
+        return NormaliseAndActivate.apply(x, batchnorm, activation)
+    scale = batchnorm.weight / (batchnorm.running_var + batchnorm.eps).sqrt()  # (C,)
+    shift = batchnorm.bias - batchnorm.running_mean * scale
+    if x.dtype != scale.dtype:
+        return activation.value(batchnorm(x))
+    return activation.value(torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1)))
+
 
 # --------------------------------------------------------------------------------------------------- the WideResNet
 
@@ -41,50 +183,6 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x if self.stride == (1, 1) else F.pad(x, (0, 1, 0, 1)))
-
-
-def normalise_and_activate(batchnorm: nn.BatchNorm2d, x: torch.Tensor, activate=F.silu) -> torch.Tensor:
-    """activate(BatchNorm(x)), (B, C, H, W) -> (B, C, H, W).
-
-    In eval mode BatchNorm amounts to x * scale + shift. PyTorch's own keeps x for the backward pass and goes through it
-    again; this form keeps C numbers. On a GPU, where the way through memory takes most of the time, it and the
-    activation are one kernel. Training mode, and autocast to bfloat16 on a CPU, go through PyTorch's own."""
-    if batchnorm.training:
-        return activate(batchnorm(x))
-    scale = batchnorm.weight / (batchnorm.running_var + batchnorm.eps).sqrt()  # (C,)
-    shift = batchnorm.bias - batchnorm.running_mean * scale
-    if x.device.type in FUSED_ON and not scale.requires_grad and x.dtype != torch.float64:
-        rows = x.permute(0, 2, 3, 1)  # (B, H, W, C), as the memory lies
-        fused = fuse(scale_and_activate, x.device.type)(rows.reshape(-1, x.shape[1]), scale, shift, activate)
-        return fused.view(rows.shape).permute(0, 3, 1, 2)
-    if x.dtype != scale.dtype:
-        return activate(batchnorm(x))
-    return activate(torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1)))
-
-
-FUSED_ON = ("cuda",)
-
-
-def scale_and_activate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, activate) -> torch.Tensor:
-    """activate(x * scale + shift) in the precision of scale and shift, (C,), and in the type of x, (N, C)."""
-    return activate(torch.addcmul(shift, x, scale)).to(x.dtype)
-
-
-@functools.cache
-def fuse(function, device_type: str):
-    """The function as one kernel for any number of rows; the function itself, with a line of log, where PyTorch finds
-    no compiler."""
-    from torch import _dynamo  # not at the top: a CPU does without
-
-    _dynamo.config.recompile_limit = 64  # types, activations, with and without a gradient: more than the usual 8
-    compiled, x = torch.compile(function, dynamic=True), torch.ones(4, 8, device=device_type, requires_grad=True)
-    try:
-        with torch.enable_grad():  # the first caller may want none
-            compiled(x, x.detach()[0], x.detach()[0], F.silu).sum().backward()
-        return compiled
-    except Exception as error:  # Dynamo, Inductor and Triton raise anything where a compiler is missing
-        print(f"BatchNorm is not fused with its activation: {str(error).splitlines()[0]:.80}", file=sys.stderr)
-        return function
 
 
 class Block(nn.Module):
@@ -194,6 +292,14 @@ def representation_layers(depth: int) -> list[str]:
     return names
 
 
+def check_maps(name: str, output) -> None:
+    """Raises ValueError unless a layer's output is maps (B, c, h, w): attention's is a tuple, or tokens."""
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"layer {name} puts out a {type(output).__name__}: tap a layer that puts out one tensor")
+    if output.ndim != 4:
+        raise ValueError(f"layer {name} puts out {tuple(output.shape)}: tap a layer that puts out maps (B, c, h, w)")
+
+
 def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run the classifier once and keep the outputs of the named layers.
 
@@ -203,17 +309,27 @@ def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[t
     Returns:
         logits (B, K) and the representation, a list of (B, c_i, h_i, w_i) in the order of `layers`.
     Raises:
-        ValueError: the classifier has no such layer, or did not run it.
+        ValueError: layers is no list of names, the classifier has no such layer, did not run it, ran it more than once,
+            or the layer does not put out maps.
     """
+    if isinstance(layers, str) or not layers:
+        raise ValueError(f"layers must be a list with at least one layer's name, not {layers!r}")
     modules = dict(classifier.named_modules())
     if missing := [name for name in layers if name not in modules]:
         raise ValueError(f"the classifier has no layer named {', '.join(missing)}")
     recorded: dict[str, torch.Tensor] = {}
+    changes_nothing = isinstance(classifier, WideResNet)  # another network may hold a ReLU(inplace=True), or x += y
 
     def keep(name):
-        return lambda module, inputs, output: recorded.update({name: output})
+        def hook(module, inputs, output):
+            check_maps(name, output)
+            if name in recorded:
+                raise ValueError(f"the classifier runs {name} more than once: tap a layer that it runs once")
+            recorded[name] = output if changes_nothing else output.clone()
 
-    handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in dict.fromkeys(layers)]
     try:
         logits = classifier(x)
     finally:
@@ -263,9 +379,18 @@ def save_tensors(path, content: dict) -> None:
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
+def check_zip(path) -> None:
+    """Raises BadZipFile where a byte is wrong; torch.load does not look at the checksums."""
+    with zipfile.ZipFile(path) as archive:
+        folders = [entry for entry in archive.infolist() if entry.external_attr & 0x10]
+        if archive.testzip() or folders:  # of an entry that is marked as a folder, torch.load reads nothing
+            raise zipfile.BadZipFile(path)
+
+
 def load_tensors(path) -> dict:
     """The content of a PyTorch or safetensors file, told apart by their first bytes, on the CPU. No code of the file is
-    run. Raises ValueError, with the file's name, for anything else."""
+    run. Raises ValueError, with the file's name, for anything else, and for a PyTorch file of which a byte is wrong.
+    (Files of PyTorch before 1.6 and safetensors files have no checksums: only their outline and length are checked.)"""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -278,11 +403,15 @@ def load_tensors(path) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if head.startswith(b"PK"):
+            check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch raises anything from KeyError to UnpicklingError on a file it does not know
         reason = "is it whole? Fetch or make it again"
         if "GLOBAL" in str(error).upper():
-            reason = "it holds objects, whose code is never run: keep a model by its state_dict"
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            named = f" ({kind[1]})" if kind else ""
+            reason = f"it holds objects{named}, whose code is never run: keep a model by its state_dict"
         raise ValueError(f"{path} is no file of tensors: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where weights by name should be")
@@ -329,7 +458,9 @@ def load_classifier(path, num_classes: int, mean=None, std=None) -> WideResNet:
         raise ValueError(f"{path} does not hold the mean and std of its training pixels: pass mean= and std=")
     stem, first = weights.get("init_conv.weight"), weights.get("layer.0.block.0.conv_0.weight")
     if stem is None or first is None or not stem.ndim == first.ndim == 4:
-        raise ValueError(f"{path} is not one of the public WideResNets: its first keys are {list(weights)[:3]}")
+        raise ValueError(
+            f"{path} is not one of the public WideResNets: its first keys are {list(weights or content)[:3]}"
+        )
     channels = len(np.ravel(mean if of_data is None else of_data))  # of the caller's pictures, whatever the file says
     if channels != stem.shape[1]:
         raise ValueError(f"{path} is for pictures of {stem.shape[1]} channel(s), not of {channels}")
@@ -341,7 +472,7 @@ def load_classifier(path, num_classes: int, mean=None, std=None) -> WideResNet:
 
 def strip_wrapping(content: dict) -> dict[str, torch.Tensor]:
     """{public name: tensor} of a checkpoint, without nested dicts, wrappers' prefixes and other codes' left-overs."""
-    outer = "model_state_dict", "state_dict", "model"
+    outer = "model_state_dict", "state_dict", "model", "net"
     while inner := [content[key] for key in outer if isinstance(content.get(key), dict)]:
         content = inner[0]
     weights = {}
@@ -439,20 +570,6 @@ def measure_accuracy(
 # ------------------------------------------------------------------------------------- how scripts begin and end
 
 
-def start_device(name: str | None = None) -> torch.device:
-    """The device that a script works on, told to repeat itself. name: 'cpu' or 'cuda'; None: cuda where there is one.
-    Under torchrun each process has a GPU of its own. Raises ValueError where there is no such device."""
-    torch.backends.cudnn.deterministic = True  # what was stopped then ends as if it had not been
-    keep_freed_memory()
-    if name == "cpu" or (name is None and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no GPU here; leave it out")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if is_under_torchrun() else 0)
-    torch.cuda.set_device(device)
-    return device
-
-
 def is_under_torchrun() -> bool:
     """RANK and WORLD_SIZE alone say nothing: clusters and earlier commands leave them in the environment."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -477,6 +594,34 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(option, value)
+
+
+@functools.cache  # once, though a script may ask for its device twice
+def hint_at_waiting() -> None:
+    """On a busy machine, say how OpenMP's threads wait without taking the processor from those they wait for."""
+    rank, _ = read_ranks()
+    if rank > 0 or "OMP_WAIT_POLICY" in os.environ or torch.get_num_threads() == 1:
+        return
+    with suppress(OSError, AttributeError):  # not every system tells its load, or which cores are ours
+        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+        if load > cores / 2:
+            print(f"This machine is busy (load {load:.1f}, {cores} cores). While other programs run, this one is up to "
+                  f"five times as fast after `export OMP_WAIT_POLICY=PASSIVE`.", file=sys.stderr)  # fmt: skip
+
+
+def start_device(name: str | None = None) -> torch.device:
+    """The device that a script works on, told to repeat itself. name: 'cpu' or 'cuda'; None: cuda where there is one.
+    Under torchrun each process has a GPU of its own. Raises ValueError where there is no such device."""
+    torch.backends.cudnn.deterministic = True  # what was stopped then ends as if it had not been
+    keep_freed_memory()
+    if name == "cpu" or (name is None and not torch.cuda.is_available()):
+        hint_at_waiting()
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no GPU here; leave it out")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if is_under_torchrun() else 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 def run_script(name: str, main) -> NoReturn:

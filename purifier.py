@@ -29,10 +29,11 @@ from torch.utils.checkpoint import checkpoint
 
 from aggregate import robust_logits
 from models import (
-    FUSED_ON,
     PUBLISHED,
+    Activation,
     WideResNet,
     fetch,
+    is_fused,
     load_classifier,
     load_tensors,
     load_weights,
@@ -45,6 +46,17 @@ from models import (
 # ---------------------------------------------------------------------------------------------------------- blocks
 
 
+def leaky_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
+def leaky_relu_slope(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, 1.0, 0.2)
+
+
+LEAKY_RELU = Activation(leaky_relu, leaky_relu_slope)
+
+
 class ConvBlock(nn.Sequential):
     """A convolution or a transposed one, BatchNorm2d, LeakyReLU."""
 
@@ -52,13 +64,11 @@ class ConvBlock(nn.Sequential):
         super().__init__(convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(0.2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training or x.device.type not in FUSED_ON:
-            return super().forward(x)
-        return normalise_and_activate(self[1], self[0](x), leaky_relu)
-
-
-def leaky_relu(x: torch.Tensor) -> torch.Tensor:
-    return F.leaky_relu(x, 0.2)
+        convolution, batchnorm, activate = self
+        x = convolution(x)
+        if is_fused(batchnorm, x):
+            return normalise_and_activate(batchnorm, x, LEAKY_RELU)
+        return activate(batchnorm(x))
 
 
 def conv_block(in_channels: int, out_channels: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
@@ -134,6 +144,10 @@ class Purifier(nn.Module):
                     f"maps (c, h, w) of more than {2 * convolutions} pixels: tap an earlier layer"
                 )
         mean, std = (tuple(np.ravel(m).astype(float).tolist()) for m in (mean, std))
+        if not len(mean) == len(std) == channels:
+            raise ValueError(
+                f"mean {mean} and std {std} need one number for each of the pictures' {channels} channel(s)"
+            )
         self.config = dict(representation_shapes=representation_shapes, image_shape=tuple(image_shape))
         self.config |= dict(condition_dim=condition_dim, latent_dim=latent_dim, mean=mean, std=std)
         self.config |= dict(decoder_width=decoder_width)
@@ -320,17 +334,16 @@ def build_carso(
         layers: names of modules that put out maps (B, c, h, w); image_shape: (C, H, W).
         condition_dim, latent_dim, decoder_width: of the Purifier; default: the paper's for 32x32 pictures.
         mean, std: of the training data, a number a channel; default: those that a WideResNet holds.
-    Raises ValueError: a layer is missing or its maps are too small; mean and std are not known.
+    Raises ValueError: a layer is missing, puts out no maps, or too small ones; mean and std are not known, or not of
+        image_shape's channels.
     """
     known = getattr(classifier, "config", {})
     mean, std = (known.get(name) if given is None else given for name, given in (("mean", mean), ("std", std)))
     if mean is None or std is None:
         raise ValueError("this classifier does not say how its data are normalised: pass mean= and std=")
     picture = torch.zeros(1, *image_shape, device=next(classifier.parameters()).device)
-    was_training = classifier.training
     with torch.no_grad():
         _, representation = record(classifier.eval(), layers, picture)
-    classifier.train(was_training)
     shapes = [layer.shape[1:] for layer in representation]
     purifier = Purifier(shapes, image_shape, condition_dim, latent_dim, mean, std, decoder_width)
     return CARSO(classifier, purifier, layers, samples)

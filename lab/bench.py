@@ -1,7 +1,7 @@
 """How fast are the parts of CARSO on this machine, and how near to its limit?
 
     python -m lab.bench                                                         # WRN-10-2, batch 64, D 512, Z 128, S 8
-    python -m lab.bench --preset cifar10 --device cuda --batch-size 64 640 2048 --precision bf16
+    python -m lab.bench --preset cifar10 --device cuda --batch-size 64 640 2048 --precision bf16        # and --unfused
 
 Every part is warmed up, then timed in turn with the others, `--repeats` times, in one process; figures are medians.
 The limit is the rate of a square matrix product, its fastest. FLOP are counted by PyTorch's formulas (two a
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import models
 from attacks import adversarially_balanced_batch, objective
 from evaluate import Seen, climb
 from models import WideResNet, record, representation_layers, run_script, start_device
@@ -144,17 +145,20 @@ def main(argv=None) -> int:
     add("--batch-size", type=int, nargs="+", default=[64])
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
     add("--repeats", type=int, default=5)
+    add("--unfused", action="store_true", help="on a GPU, BatchNorm and its activation one after the other")
     args = parser.parse_args(argv)
     if min(args.threads, args.repeats, *args.batch_size) < 1:
         raise ValueError("--threads, --repeats and --batch-size are 1 or more")
     device = start_device(args.device)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
+    if args.unfused:
+        models.FUSED_ON = ()
     p = PRESETS[args.preset] if args.preset else dataclasses.replace(PAPER, depth=10, width=2)
     classes, shape = SHAPES[args.preset or "cifar10"]
     carso = build(p, classes, shape, device)
-    print(f"WRN-{p.depth}-{p.width}, S {p.samples}, {device}, {args.threads} CPU thread(s), {args.precision}, "
-          f"PyTorch {torch.__version__}")  # fmt: skip
+    print(f"WRN-{p.depth}-{p.width}, S {p.samples}, {device}{', unfused' if args.unfused else ''}, "
+          f"{args.threads} CPU thread(s), {args.precision}, PyTorch {torch.__version__}")  # fmt: skip
     for size in args.batch_size:
         x, y = torch.rand(size, *shape, device=device), torch.arange(size, device=device) % classes
         rows = measure_parts(carso, x, y, args.repeats, torch.bfloat16 if args.precision == "bf16" else torch.float32)

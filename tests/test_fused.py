@@ -1,15 +1,22 @@
 """BatchNorm and its activation as one kernel, compiled here for the CPU: the code that a GPU runs."""
 
 import copy
+import importlib.util
+import re
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TESTS
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from models import normalise_and_activate
-from purifier import ConvBlock, leaky_relu
+from models import SILU, normalise_and_activate
+from purifier import LEAKY_RELU, ConvBlock
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def fused_on_the_cpu(monkeypatch):
     monkeypatch.setattr(models, "FUSED_ON", ("cpu",))
-    monkeypatch.setattr("purifier.FUSED_ON", ("cpu",))
+    assert models.has_compiler(torch.device("cpu")), "without a compiler nothing is tested"
 
 
 def fill(batchnorm: torch.nn.Module) -> torch.nn.Module:
@@ -27,27 +34,153 @@ def fill(batchnorm: torch.nn.Module) -> torch.nn.Module:
     return batchnorm.eval().requires_grad_(False)
 
 
+def exact(batchnorm, x, activation=SILU) -> torch.Tensor:
+    return activation.value(copy.deepcopy(batchnorm).double()(x.double()))
+
+
+@pytest.mark.parametrize("activation", [SILU, LEAKY_RELU])
+def test_the_slope_is_the_derivative_of_the_value(activation):
+    x = torch.linspace(-5, 5, 40, dtype=torch.double, requires_grad=True)
+    (derivative,) = torch.autograd.grad(activation.value(x).sum(), x)
+    assert_close(activation.slope(x.detach()).double(), derivative, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_is_batchnorm_and_its_activation(dtype):
-    batchnorm, compiled = fill(torch.nn.BatchNorm2d(24)), models.fuse(models.scale_and_activate, "cpu")
-    assert compiled is not models.scale_and_activate  # else there was no compiler, and nothing is tested
-    graphs = {}
-    for size in (2, 5, 64, 33):
-        for activate in (F.silu, leaky_relu):
+@pytest.mark.parametrize("channels", [24, 64])
+def test_the_kernel_is_batchnorm_and_its_activation(dtype, channels):
+    batchnorm = fill(torch.nn.BatchNorm2d(channels, eps=1e-3))
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
+    kernels = []
+    for size in (1, 5, 64, 33):
+        for activation in (SILU, LEAKY_RELU):
             for layout in (torch.channels_last, torch.contiguous_format):
-                x = torch.randn(size, 24, 6, 6).to(dtype).to(memory_format=layout).requires_grad_()
-                y = normalise_and_activate(batchnorm, x, activate)
-                exact = x.detach().double().requires_grad_()
-                want = activate(copy.deepcopy(batchnorm).double()(exact))
-                tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
+                x = torch.randn(size, channels, 6, 5).to(dtype).to(memory_format=layout).requires_grad_()
+                y = normalise_and_activate(batchnorm, x, activation)
+                want = exact(batchnorm, x, activation)
                 assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
                 assert_close(y.double(), want, **tolerance)
                 slope = torch.randn_like(want)
                 (mine,) = torch.autograd.grad(y, x, slope.to(dtype))
-                (theirs,) = torch.autograd.grad(want, exact, slope)
-                assert_close(mine.double(), theirs, **tolerance)
-        graphs[size] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs[2] == graphs[33], "no graph of its own for another batch size"
+                (theirs,) = torch.autograd.grad(want, x, slope)
+                assert_close(mine, theirs, **tolerance)
+        kernels.append(models.compile_kernel.cache_info().misses)
+    assert kernels[0] == kernels[-1], "no kernel of its own for another batch size"
+
+
+def test_tensors_may_lie_in_memory_as_they_like():
+    batchnorm = fill(torch.nn.BatchNorm2d(8))
+    for x in (
+        torch.randn(3, 16, 4, 4).to(memory_format=torch.channels_last)[:, ::2],
+        torch.randn(4, 8, 5, 7)[1:].transpose(2, 3),
+        torch.randn(8, 4, 4).expand(3, 8, 4, 4),
+        torch.randn(1, 8, 1, 1),
+        torch.randn(0, 8, 4, 4),
+    ):
+        x.requires_grad_()
+        y = normalise_and_activate(batchnorm, x)
+        assert_close(y.double(), exact(batchnorm, x), rtol=1e-5, atol=1e-5)
+        (slope,) = torch.autograd.grad(y.sum(), x)  # the sum's own gradient is one number, expanded
+        assert_close(slope, torch.autograd.grad(exact(batchnorm, x).sum(), x)[0], rtol=1e-5, atol=1e-5)
+
+
+CHANGES = {
+    "load_state_dict": lambda b: b.load_state_dict({k: v + 1 for k, v in b.state_dict().items()}),
+    "training": lambda b: (b.train()(3 * torch.randn(9, 8, 2, 2)), b.eval()),
+    ".data": lambda b: b.weight.data.mul_(2),
+    "another tensor": lambda b: setattr(b, "running_mean", b.running_mean + 1),
+    ".to()": lambda b: b.to(torch.bfloat16),
+    "eps": lambda b: setattr(b, "eps", 1.0),
+    "one tensor's type": lambda b: setattr(b, "running_var", b.running_var.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_change_count_at_once(change):
+    batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3, requires_grad=True)
+    before = normalise_and_activate(batchnorm, x).detach()
+    CHANGES[change](batchnorm)
+    after, want = normalise_and_activate(batchnorm, x), exact(batchnorm, x)
+    assert (after - before).abs().max() > 1e-3
+    assert_close(after.double(), want, rtol=1e-5, atol=1e-5)
+    mine, theirs = (torch.autograd.grad(y.sum(), x)[0] for y in (after, want))
+    assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_change_between_forward_and_backward_is_refused():
+    batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3, requires_grad=True)
+    y = normalise_and_activate(batchnorm, x)
+    batchnorm.running_mean.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_second_derivative_is_refused_and_not_zero():
+    batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative: set models.FUSED_ON = ()"):
+        torch.autograd.grad(normalise_and_activate(batchnorm, x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("learning", ["weight", "bias"])
+def test_weights_that_want_gradients_get_them(learning):
+    batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3)
+    parameter = getattr(batchnorm, learning).requires_grad_()
+    (mine,) = torch.autograd.grad(normalise_and_activate(batchnorm, x).square().sum(), parameter)
+    (theirs,) = torch.autograd.grad(F.silu(batchnorm(x)).square().sum(), parameter)
+    assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_double_precision_stays_double():
+    batchnorm, x = fill(torch.nn.BatchNorm2d(8)).double(), torch.randn(2, 8, 3, 3, dtype=torch.double)
+    assert_close(normalise_and_activate(batchnorm, x), F.silu(batchnorm(x)), rtol=1e-14, atol=1e-14)
+
+
+class AnyMode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def in_a_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+FIRST = {
+    "inference": torch.inference_mode(),
+    "no gradient": torch.no_grad(),
+    "autocast": torch.autocast("cpu", torch.bfloat16),
+    "a dispatch mode": AnyMode(),
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_the_first_call_decides_nothing(first, capsys):
+    """Neither whether there is a kernel for the rest of the process, nor which."""
+    models.has_compiler.cache_clear(), models.compile_kernel.cache_clear()
+    batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3)
+    with FIRST[first]:
+        normalise_and_activate(batchnorm, x)
+    lead = x.clone().requires_grad_()
+    y = normalise_and_activate(batchnorm, lead)
+    assert models.is_fused(batchnorm, lead) and "NormaliseAndActivate" in type(y.grad_fn).__name__
+    assert_close(y.double(), exact(batchnorm, x), rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_backward_pass_may_be_compiled_in_a_thread():
+    """A GPU's backward pass runs in a thread of autograd's."""
+    models.compile_kernel.cache_clear()
+    batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3, requires_grad=True)
+    y = normalise_and_activate(batchnorm, x)
+    in_a_thread(lambda: y.sum().backward())
+    assert_close(x.grad, torch.autograd.grad(F.silu(batchnorm(x)).sum(), x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_is_compiled_whole_breaks_nowhere(tiny_carso):
+    classifier, x = tiny_carso.classifier, torch.rand(2, 1, 32, 32)
+    whole = torch.compile(classifier, fullgraph=True, backend="eager")
+    assert_close(whole(x), classifier(x), rtol=1e-3, atol=1e-3)
 
 
 def test_networks_answer_alike_fused_and_not(tiny_carso, monkeypatch):
@@ -56,20 +189,12 @@ def test_networks_answer_alike_fused_and_not(tiny_carso, monkeypatch):
     found = []
     for fused_on in (("cpu",), ()):
         monkeypatch.setattr(models, "FUSED_ON", fused_on)
-        monkeypatch.setattr("purifier.FUSED_ON", fused_on)
         tiny_carso.requires_grad_(False)
         lead = x.clone().requires_grad_()
         logits = tiny_carso(lead, z)
         found.append((logits.detach(), torch.autograd.grad(logits.logsumexp(1).sum(), lead)[0]))
     assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
     assert (found[0][1] - found[1][1]).norm() < 1e-3 * found[1][1].norm()
-
-
-def test_the_first_call_may_want_no_gradient(tiny_carso):
-    models.fuse.cache_clear()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        tiny_carso.requires_grad_(False)(torch.rand(2, 1, 32, 32))
-    assert models.fuse(models.scale_and_activate, "cpu") is not models.scale_and_activate
 
 
 def test_hooks_see_the_same_tensors(tiny_carso, monkeypatch):
@@ -80,21 +205,42 @@ def test_hooks_see_the_same_tensors(tiny_carso, monkeypatch):
         assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_without_a_compiler_there_is_a_line_and_the_plain_function(monkeypatch, capsys):
-    def refuse(*_):
+def test_only_x_is_kept_for_the_backward_pass():
+    batchnorm = fill(torch.nn.BatchNorm2d(8))
+    x = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in (x, *batchnorm.state_dict().values())}
+    kept = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.untyped_storage().data_ptr()) or t, lambda t: t):
+        normalise_and_activate(batchnorm, x)
+    assert x.untyped_storage().data_ptr() in kept <= known
+
+
+def test_without_a_compiler_there_is_one_line_and_the_plain_network(monkeypatch, capsys):
+    def refuse(*_, **__):
         raise RuntimeError("no C compiler found")
 
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: refuse)
-    models.fuse.cache_clear()
-    assert models.fuse(models.scale_and_activate, "cpu") is models.scale_and_activate
+    monkeypatch.setattr(torch._inductor, "standalone_compile", refuse)
+    models.has_compiler.cache_clear(), models.compile_kernel.cache_clear()
+    batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 4, 4)
+    for _ in range(2):
+        assert_close(normalise_and_activate(batchnorm, x), F.silu(batchnorm(x)), rtol=1e-5, atol=1e-5)
     assert capsys.readouterr().err == "BatchNorm is not fused with its activation: no C compiler found\n"
-    x = torch.randn(2, 8, 4, 4)
-    batchnorm = fill(torch.nn.BatchNorm2d(8))
-    assert_close(normalise_and_activate(batchnorm, x), F.silu(batchnorm(x)), rtol=1e-5, atol=1e-5)
-    models.fuse.cache_clear()
+    models.has_compiler.cache_clear()
 
 
 def test_a_block_that_trains_is_pytorchs_own():
     block = ConvBlock(torch.nn.Conv2d(3, 8, 3, bias=False)).train()
     x = torch.randn(4, 3, 8, 8)
     assert torch.equal(block(x), F.leaky_relu(F.batch_norm(block[0](x), None, None, training=True), 0.2))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="a build of PyTorch without Triton")
+@pytest.mark.parametrize("kernel, loads", [("forward", 1), ("backward", 2)])
+def test_an_h100_divides_nowhere_and_moves_sixteen_bytes_at_a_time(kernel, loads):
+    program = subprocess.run(
+        [sys.executable, TESTS / "ptx_for_h100.py", kernel], capture_output=True, text=True, timeout=300
+    )
+    assert program.returncode == 0, program.stderr[-2000:]
+    accesses = re.findall(r"\b((?:ld|st)\.global\S*)", program.stdout)
+    assert len(accesses) == 8 + loads + 1 and all(access.endswith(".v4.b32") for access in accesses)
+    assert not re.findall(r"\brem\.|\bdiv\.[su]", program.stdout)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +147,63 @@ def test_hooks_are_removed_whatever_happens(wrn_10_2):
         assert count_hooks(wrn_10_2) == 0
 
 
+class Shortcut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        out = self.conv(x)
+        out += x
+        return out
+
+
+@pytest.mark.parametrize("second", [nn.ReLU(inplace=True), nn.Identity()])
+@pytest.mark.parametrize("first, tap", [(nn.Conv2d(3, 3, 3), "0"), (Shortcut(), "0.conv")])
+def test_what_was_put_out_is_kept_though_the_network_changes_it_in_place(first, tap, second):
+    network, x = nn.Sequential(first, second, nn.Flatten()), torch.randn(2, 3, 8, 8, requires_grad=True)
+    conv = network.get_submodule(tap)
+    want = conv(x)
+    (gradient,) = torch.autograd.grad(want.square().sum(), x)
+    for mode in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with mode:
+            logits, (kept,) = record(network, [tap], x)
+        assert_close(kept, want)
+        assert_close(logits, network(x))
+        if kept.requires_grad:
+            assert_close(torch.autograd.grad(kept.square().sum(), x)[0], gradient)
+
+
+class Attention(nn.Module):
+    """Tokens (B, N, C) from pictures, as a vision transformer has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Flatten(2)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.again = nn.Identity()
+
+    def forward(self, x):
+        tokens = self.tokens(self.again(self.again(x)))
+        return self.attention(tokens, tokens, tokens)[0].mean(2)
+
+
+TAPS = {
+    "none": ([], "a list with at least one layer's name, not []"),
+    "a string": ("tokens", "a list with at least one layer's name, not 'tokens'"),
+    "a tuple": (["attention"], "layer attention puts out a tuple: tap a layer that puts out one tensor"),
+    "tokens": (["tokens"], "layer tokens puts out (1, 3, 16): tap a layer that puts out maps (B, c, h, w)"),
+    "run twice": (["again"], "runs again more than once: tap a layer that it runs once"),
+}
+
+
+@pytest.mark.parametrize("tap", TAPS)
+def test_taps_that_are_none_end_in_a_sentence(tap):
+    layers, sentence = TAPS[tap]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        record(Attention(), layers, torch.rand(1, 3, 4, 4))
+
+
 # -------------------------------------------------------------------------------------------------- files of weights
 
 
@@ -170,6 +228,7 @@ LAYOUTS = {
     "RobustBench's Rebuffi 2021": lambda w: w | {"mu": OWN[0].view(3, 1, 1), "sigma": OWN[1].view(3, 1, 1)},
     "DeepMind's, and bare": lambda w: w,
     "train.py's": lambda w: {"state_dict": w | {"mean": OWN[0], "std": OWN[1]}},
+    "net": lambda w: {"net": prefixed("module.", w), "acc": 94.1, "optimizer": {"state": {}}},
     "averaged": lambda w: {"model": prefixed("module.", w) | {"n_averaged": torch.tensor(3)}},
     "compiled": lambda w: {"state_dict": prefixed("module._orig_mod.0.", w)},
     "compiled in parts": lambda w: {k.replace("block.0.", "block.0._orig_mod."): v for k, v in w.items()},
@@ -216,6 +275,11 @@ WRONG = {
     "truncated": (lambda path: (torch_file()(path), cut(path, 0.5)), "is it whole"),
     "truncated safetensors": (lambda path: (save_file(public_weights(), path), cut(path, 0.9)), "is it whole"),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor where weights by name should be"),
+    "an unknown wrapping": (lambda path: torch.save({"ema": public_weights()}, path), "first keys are .'ema'"),
+    "numpy beside the weights": (
+        torch_file(acc=np.float64(1)),
+        r"holds objects \(numpy.*scalar\), whose code is never",
+    ),
     "another network": (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "first keys are .'conv1"),
     "another stem": (torch_file(**{"init_conv.weight": torch.zeros(3)}), "not one of the public WideResNets"),
     "another number of classes": (torch_file(**{"logits.bias": torch.zeros(7)}), "do not fit.*mismatch.*logits.bias"),
@@ -235,6 +299,25 @@ def test_wrong_files_are_refused_by_one_sentence(tmp_path, monkeypatch, kind):
         load_classifier(tmp_path / "file", 10, *CIFAR10)
     assert str(tmp_path / "file") in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_byte_can_change_unnoticed(tmp_path):
+    """Every byte of a small file in turn: the file is refused, or means what it meant (padding, dates)."""
+    path, content = tmp_path / "file", {"weight": torch.arange(6.0).view(2, 3), "epoch": 3}
+    torch.save(content, path)
+    whole, refused = bytearray(path.read_bytes()), 0
+    for place in range(len(whole)):
+        whole[place] ^= 0x11
+        path.write_bytes(whole)
+        whole[place] ^= 0x11
+        try:
+            loaded = models.load_tensors(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+            continue
+        assert loaded["epoch"] == 3 and torch.equal(loaded["weight"], content["weight"]), place
+    assert refused > len(whole) / 4
 
 
 def test_a_normalisation_that_is_not_known_or_does_not_fit_is_refused(tmp_path):
@@ -333,6 +416,40 @@ def test_the_device_is_deterministic_and_there(monkeypatch):
     assert models.start_device() == torch.device("cpu")
     with pytest.raises(ValueError, match="--device cuda: PyTorch finds no GPU"):
         models.start_device("cuda")
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    "load, cores, threads, variables, hints",
+    [
+        (2.1, 4, 4, {}, True),
+        (1.9, 4, 4, {}, False),
+        (9.0, 4, 4, {"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        (9.0, 4, 1, {}, False),  # which waits for nobody
+        (9.0, 4, 2, TORCHRUN | {"RANK": "0"}, True),
+        (9.0, 4, 2, TORCHRUN | {"RANK": "1"}, False),
+        (None, 4, 4, {}, False),
+    ],
+)
+def test_a_busy_machine_is_told_of_once(monkeypatch, capsys, load, cores, threads, variables, hints):
+    def getloadavg():
+        if load is None:
+            raise OSError("no load here")
+        return load, 0.0, 0.0
+
+    monkeypatch.setattr(os, "getloadavg", getloadavg)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name in ("OMP_WAIT_POLICY", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    models.hint_at_waiting.cache_clear()
+    for _ in range(2):
+        models.start_device("cpu")
+    assert capsys.readouterr().err.count("export OMP_WAIT_POLICY=PASSIVE") == int(hints)
 
 
 @pytest.mark.parametrize(

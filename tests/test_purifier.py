@@ -229,7 +229,9 @@ def test_any_network_is_defended():
     network, layers, half = SmallCNN().train(), ["first", "second"], dict(mean=(0.5,) * 3, std=(0.5,) * 3)
     for given, normalisation, sentence in (
         (layers, {}, "pass mean= and std="),
-        (["first", "last"], half, r"layer 1 of the representation is \(7,\)"),
+        (layers, dict(mean=(0.5,) * 3, std=(0.5,)), "need one number for each of the pictures' 3 channel"),
+        ("first", half, "layers must be a list .* not 'first'"),
+        (["first", "last"], half, r"layer last puts out \(1, 7\): tap a layer that puts out maps"),
         (["first", "third"], half, r"layer 1 .* is \(16, 8, 8\); .* 4 convolutions need .* tap an earlier layer"),
         (["first", "fourth"], half, "no layer named fourth"),
     ):
@@ -237,6 +239,9 @@ def test_any_network_is_defended():
             build_carso(network, given, (3, 64, 64), 3, **SIZES, **normalisation)
     with pytest.raises(ValueError, match="32x32 or 64x64"):
         build_carso(network, ["first"], (3, 48, 48), 3, **SIZES, **half)
+    grey = nn.Sequential(nn.Conv2d(1, 3, 1), network)
+    with pytest.raises(ValueError, match="need one number for each of the pictures' 1 channel"):
+        build_carso(grey, ["1.first"], (1, 64, 64), 3, **SIZES, **half)
     carso = build_carso(network, layers, (3, 64, 64), 3, **SIZES, **half)
     assert carso.purifier.config["representation_shapes"] == [(8, 32, 32), (16, 16, 16)]
     x = torch.rand(4, 3, 64, 64, requires_grad=True)
