@@ -155,7 +155,7 @@ def measure_slope_error(f, start: torch.Tensor, end: torch.Tensor, y: torch.Tens
 
     Where the margin m has no slope but its gradient g, the fundamental theorem of calculus holds on every way:
 
-        m(end) - m(start)  =  integral of g(x) . dx  ~  sum_k g(x_k) . dx,     x_k: midpoints of `points` equal steps dx.
+        m(end) - m(start)  =  integral of g(x) . dx  ~  sum_k g(x_k) . dx,    x_k: midpoints of `points` steps dx.
 
     A gradient that is detached, flipped, or made up misses that sum. So does one that is right almost everywhere,
     where the slope hides in jumps (rounded pixels, votes, a forward pass that optimises in signed steps). Networks of

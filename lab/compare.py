@@ -45,6 +45,7 @@ def read_evaluation(folder: str) -> Evaluation:
         settings = report["config"] | {"checkpoint": report["checkpoint"]}
         with open(Path(folder, "rows.tsv"), encoding="utf-8", newline="") as file:
             rows = sorted(csv.DictReader(file, delimiter="\t"), key=lambda row: int(row["picture"]))
+        rows = [row for row in rows if row["model"] == report["model"]]
         pictures = [(int(row["picture"]), int(row["label"])) for row in rows if row["attack"] == "clean"]
         clean, worst = (
             np.array([int(row["right"]) / int(row["draws"]) for row in rows if row["attack"] == attack])
@@ -80,7 +81,7 @@ def describe_settings(names: list[str], seeds: list[Evaluation]) -> str:
 
 def describe_unlike_budgets(evaluation: Evaluation, first: Evaluation) -> list[str]:
     """A sentence for each difference in what makes an attack strong."""
-    deterministic = evaluation.report["deterministic"] or first.report["deterministic"]
+    deterministic = any(all(e.settings[name] == 1 for name in NOISE) for e in (evaluation, first))
     sentences = []
     for name in find_differing_settings([first, evaluation]):
         if name in STRENGTH and not (deterministic and name in NOISE):

@@ -378,7 +378,9 @@ def main(argv=None) -> int:
     if any(getattr(module, "training", False) for module in model.modules() if module is not model):
         notes.append("parts of the model are in training mode, as it was built")
 
-    settings = evaluate.choose_settings(args, model, state, data, args.model and f"{source.name}")
+    settings = evaluate.choose_settings(
+        args, model, state, data, args.model and f"{source.name}:{args.model.rpartition(':')[2]}"
+    )
     settings |= {"control": args.control, "own_answer": getattr(model, "own_answer", 0.0)}
     is_deterministic = args.deterministic or args.control == "fixed-z"
     settings |= ONE_DRAW if is_deterministic else {}

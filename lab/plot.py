@@ -23,16 +23,17 @@ GREY = "#5B6673"
 Curve = list[tuple[float, float, float]]  # value of the swept setting, accuracy, number of pictures
 
 
-def read_sweep(folder: Path, what: str, *names: str) -> dict[str, Curve]:
-    """Read sweep-WHAT.tsv: a curve for each of the columns `names`."""
+def read_sweep(folder: Path, what: str) -> dict[str, Curve]:
+    """Read sweep-WHAT.tsv: a curve for each column between the swept value and n; the last is the attack's."""
     path = Path(folder, f"sweep-{what}.tsv")
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     try:
+        names = [name for name in rows[0] if name not in (what, "n")] if rows else []
         curves = {name: [(float(row[what]), float(row[name]), float(row["n"])) for row in rows] for name in names}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no table of lab.evaluate's ({error!r}): make it again") from None
-    if not rows:
+    if not curves:
         raise ValueError(f"{path} has no rows: make it again")
     return curves
 
@@ -78,8 +79,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plot_sweep(folder: Path, what: str) -> None:
     """Draw sweep-WHAT.tsv of a folder as sweep-WHAT.png beside it."""
-    curves = read_sweep(folder, what, "apgd-ce", "noise", "clean")
-    save_figure(draw_curves(curves, what), Path(folder, f"sweep-{what}.png"))
+    curves = read_sweep(folder, what)
+    save_figure(draw_curves(dict(reversed(curves.items())), what), Path(folder, f"sweep-{what}.png"))
 
 
 def plot_finding(named: list[str], out: Path, radius: float | None, masked: str | None) -> None:
@@ -89,7 +90,7 @@ def plot_finding(named: list[str], out: Path, radius: float | None, masked: str 
         label, _, folder = argument.rpartition("=")
         if not label or label in curves:
             raise ValueError(f"with --out each folder is LABEL=FOLDER, with a label of its own; '{argument}' is not")
-        curves[label] = read_sweep(folder, "eps", "apgd-ce")["apgd-ce"]
+        curves[label] = [*read_sweep(folder, "eps").values()][-1]
     if masked and masked not in curves:
         raise ValueError(f"--no-gradient '{masked}' is none of the labels {', '.join(curves)}")
     save_figure(draw_curves(curves, "eps", "accuracy under attack (%)", radius, masked), out)

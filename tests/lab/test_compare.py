@@ -12,7 +12,7 @@ from lab import compare
 SETTINGS = {"attacks": ["rand"], "steps": 100, "eot": 20, "select": 20, "draws": 4, "samples": 8, "eps": 0.2}
 
 
-def write_evaluation(folder, worst, clean=None, numbers=None, passed=True, least=0.5, deterministic=False, **settings):
+def write_evaluation(folder, worst, clean=None, numbers=None, passed=True, least=0.5, **settings):
     """Write a folder as evaluate.py leaves it. worst, clean: how many of 4 draws were right, for each picture."""
     n = len(worst)
     numbers = range(n) if numbers is None else numbers
@@ -20,15 +20,15 @@ def write_evaluation(folder, worst, clean=None, numbers=None, passed=True, least
         "checkpoint": "runs/digits/carso.pt",  # the same name everywhere: it tells nothing apart
         "robust": {"accuracy": float(np.mean(worst)) / 4, "least": least},
         "audit": {"passed": passed},
-        "deterministic": deterministic,
+        "model": "defence",
         "config": SETTINGS | {"pictures": n, "data": "b1a2"} | settings,
     }
     folder.mkdir()
     (folder / "report.json").write_text(json.dumps(report))
-    lines = ["picture\tlabel\tattack\tright\tdraws\tselect"]
+    lines = ["picture\tlabel\tmodel\tattack\tright\tdraws\tselect", "0\t0\tclassifier\tclean\t1\t1\t1.0"]
     shares = {"clean": [4] * n if clean is None else clean, "rand": [0] * n, "worst": worst}
     for attack, right in shares.items():
-        lines += [f"{number}\t0\t{attack}\t{share}\t4\t0.5" for number, share in zip(numbers, right)]
+        lines += [f"{number}\t0\tdefence\t{attack}\t{share}\t4\t0.5" for number, share in zip(numbers, right)]
     (folder / "rows.tsv").write_text("\n".join(lines) + "\n")
     return str(folder)
 
@@ -104,7 +104,7 @@ def test_evaluations_are_named_by_their_folders_and_by_what_differs(tmp_path, ca
 def test_unlike_budgets_are_named(tmp_path, capsys):
     one = write_evaluation(tmp_path / "one", [4])
     two = write_evaluation(tmp_path / "two", [4], steps=10, attacks=["rand", "square"], select=3)
-    plain = write_evaluation(tmp_path / "plain", [4], select=1, eot=1, deterministic=True)
+    plain = write_evaluation(tmp_path / "plain", [4], select=1, eot=1, draws=1)
     assert compare.main([one, two, plain]) == 0
     assert capsys.readouterr().err.splitlines() == [
         f"compare: {two}: attacks ['rand', 'square'], but ['rand'] in {one}",

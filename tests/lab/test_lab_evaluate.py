@@ -3,10 +3,14 @@
 import copy
 import json
 import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import exit_status, fresh_carso
 from torch.testing import assert_close
 
@@ -14,9 +18,9 @@ import evaluate
 import lab.evaluate
 from attacks import LOSSES, project
 from data import load
-from evaluate import Seen, reseed
-from lab.attacks import ALL, CONTROLS, GROUPS, apgd, cut_condition, fix_codes
-from lab.evaluate import find_signs
+from evaluate import AGGREGATIONS, VIEWS, Seen, reseed
+from lab.attacks import CONTROLS, GROUPS, ROWS, VIEW_OF_DECISION, apgd, cut_condition, fix_codes
+from lab.evaluate import find_masking, find_signs
 from purifier import save_carso
 
 SMALL = dict(
@@ -101,10 +105,10 @@ SEEDED = f"torch.manual_seed(0); np.random.seed(0); random.seed(0); {PLAIN}"
 
 def test_an_honest_model_is_attacked_whole(attack):
     status, report, said = attack("plain", PLAIN, attacks=["all"])
-    assert status == 0 and report["audit"] == {"passed": True, "messages": [], "notes": []}, said
+    assert status == 0 and report["audit"] == {"passed": True, "messages": []} and report["notes"] == [], said
     assert report["clean"]["accuracy"] > 0.8 and report["robust"]["accuracy"] < report["clean"]["accuracy"]
     assert "transfer" not in report["attacks"] and "fixed-noise" not in report["attacks"]  # it has no parts
-    assert not report["deterministic"] and report["attacks"]["pgd-eot"]["eot"] == 2 and "eps 0.1" in said
+    assert report["attacks"]["pgd-eot"]["eot"] == 2 and "eps 0.1" in said
     status, report, _ = attack("plain", PLAIN, "--deterministic", "--out", "plain once", what="instance")
     assert status == 0
 
@@ -140,7 +144,6 @@ def test_a_random_defence_is_taken_for_one_and_each_draw_is_a_pass(attack, kind)
     options = ["--draws", "100", "--pictures", "20", "--chunk", "20"]
     _, report, _ = attack(f"random-{kind.replace(' ', '-')}", forward, *options, attacks=["clean"])
     _, plain, _ = attack("certain", PLAIN, *options, attacks=["clean"])
-    assert not report["deterministic"]
     assert report["clean"]["accuracy"] == pytest.approx(share * plain["clean"]["accuracy"], abs=0.1)
 
 
@@ -198,12 +201,159 @@ def test_an_answer_that_depends_on_the_batch_is_named(attack):
 
 
 def test_a_straight_through_gradient_finds_what_it_finds(attack):
-    """The recommended attack on a defence without gradients: the accuracy is an upper bound, and is reported as one."""
-    status, report, said = attack(
-        "bpda", "return self.answer(x + ((8 * x).round() / 8 - x).detach())", "--pgd-steps", "20"
-    )
-    assert status == 3 and report["robust"]["accuracy"] < 0.5
-    assert "has steps" in said and "upper bounds" in said and "made up" not in said and "nothing about" not in said
+    """The recommended attack on a defence without gradients: the accuracy is an upper bound, and is reported as one.
+    Levels far finer than the radius are no fault."""
+    for levels, expected in ((8, 3), (255, 0)):
+        forward = f"return self.answer(x + (({levels} * x).round() / {levels} - x).detach())"
+        status, report, said = attack(f"bpda-{levels}", forward, "--pgd-steps", "20")
+        assert status == expected and report["robust"]["accuracy"] < 0.5
+        assert ("do not explain" in said and "upper bounds" in said) == (status == 3)
+
+
+NO_GRADIENT = """
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+"""
+QUANTISED = "self.q = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(1024, 10)), {nn.Linear})"
+
+
+@pytest.mark.parametrize(
+    "head, init, forward",
+    [
+        (NO_GRADIENT, "pass", "return self.answer(NoGradient.apply(x))"),
+        ("", QUANTISED, "return self.q(x.flatten(1))"),
+    ],
+)
+def test_a_gradient_that_comes_back_as_none_is_none(attack, head, init, forward):
+    status, report, said = attack(f"none-{len(forward)}", forward, head="import torch\n" + head, init=init)
+    assert status == 3 and report["robust"] and ("exactly zero" in said or report["clean"]["accuracy"] < 0.2), said
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "MemoryError"])
+def test_memory_that_is_not_enough_is_no_property_of_the_model(attack, error):
+    """Only where a gradient is asked for is there too little."""
+    with pytest.raises((torch.OutOfMemoryError, MemoryError)):
+        attack(f"memory-{error[:5]}", f"if x.requires_grad: raise {error}('full')\n        {PLAIN}")
+    with pytest.raises((torch.OutOfMemoryError, MemoryError)):  # nor in the middle of an attack
+        late = f"if x.requires_grad and len(x) < 8: raise {error}('full')\n        {PLAIN}"
+        attack(f"late-{error[:5]}", late)
+
+
+def test_a_background_of_exactly_0_keeps_its_meaning(attack):
+    """Scores are of the pictures themselves; a hair inside only where a gradient is taken."""
+    forward = "return self.answer(x) * (2.0 * (x == 0).any(1).any(1).any(1, keepdim=True) - 1)"
+    _, report, _ = attack("background", forward, attacks=["clean"])
+    _, plain, _ = attack("no-background", PLAIN, attacks=["clean"])
+    assert report["clean"] == plain["clean"]
+    assert any("moves by a millionth" in note for note in report["notes"])
+
+
+def test_one_models_work_is_not_shown_under_anothers_name(folder, call):
+    """In the default folder, which is named after the settings."""
+    negated = "\nclass Negated(Net):\n    def answer(self, x):\n        return -super().answer(x)\n"
+    (folder / "two.py").write_text(THEIR_FILE.format(forward=PLAIN, init="pass") + negated + "negated = Negated()\n")
+    common = ["--dataset", "digits", "--eps", "0.1", "--attack", "clean"]
+    for name, is_right in (("build", True), ("negated", False), ("build", True)):
+        status, said = call("--model", f"two.py:{name}", *common)
+        place = Path(re.search("written to (.*)", said).group(1))
+        report = json.loads((place / "report.json").read_text())
+        assert report["checkpoint"] == f"two.py:{name}" and (report["clean"]["accuracy"] > 0.5) == is_right
+
+
+def test_a_model_that_differs_on_noise_alone_is_another_one(folder, attack):
+    assert attack("noisy", PLAIN)[0] == 0
+    grey = "((x > 0.02) & (x < 0.06)).float().mean((1, 2, 3))[:, None]"
+    status, _, said = attack("noisy", f"return torch.where({grey} > 0.01, -self.answer(x), self.answer(x))")
+    assert status == 2 and "answers otherwise" in said
+
+
+def test_a_model_that_remembers_fails_the_audit(attack):
+    init = "self.calls = 0"
+    forward = "self.calls += 1; return self.answer(x) if self.calls < 60 else self.answer(x).roll(1, 1)"
+    status, _, said = attack("quota", forward, init=init)
+    assert status == 3 and "other answers than at the beginning" in said, said
+
+
+def test_own_pictures_keep_their_size_for_an_own_model(folder, attack):
+    digits = load("digits")
+    large = digits.test_images[:20].repeat_interleave(3, 2).repeat_interleave(3, 3)[:, 0].numpy()
+    np.savez(folder / "large.npz", train_images=large, train_labels=np.arange(20) % 10, test_images=large,
+             test_labels=digits.test_labels[:20].numpy())  # fmt: skip
+    forward = "assert x.shape[2:] == (96, 96); return self.answer(x[:, :, 1::3, 1::3])"
+    status, report, said = attack("large", forward, "--dataset", "large.npz", attacks=["clean"])
+    assert report["clean"]["accuracy"] > 0.8, said
+
+
+@pytest.mark.parametrize(
+    "files, head, sentence",
+    [
+        ({"layers.py": "OWN = 1\n"}, "from .layers import OWN\n", "write `from layers import`"),
+        ({"data.py": "OWN = 1\n"}, "from data import OWN\n", ""),
+        ({"models/__init__.py": "OWN = 1\n"}, "from models import OWN\n", ""),
+        ({"models/own.py": "OWN = 1\n"}, "from models.own import OWN\n", ""),
+        ({"../models/own.py": "OWN = 1\n"}, "from models.own import OWN\n", ""),
+        ({"../data.py": "OWN = 1\n"}, "from data import OWN\n", ""),
+    ],
+)
+def test_modules_beside_their_file_or_its_folder_come_before_ours(tmp_path, files, head, sentence):
+    place = tmp_path / "project" / "code"
+    for name, text in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "mine.py").write_text(head + "import torch\nnet = torch.nn.Linear(1, 1)\nnet.own = OWN\n")
+    text, before = f"{place / 'mine.py'}:net", dict(sys.modules)
+    path = list(sys.path)
+    try:
+        if sentence:
+            with pytest.raises(ValueError, match=sentence):
+                lab.evaluate.load_foreign(text)
+        else:
+            assert lab.evaluate.load_foreign(text).model.own == 1
+    finally:
+        sys.path[:] = path
+    assert all(sys.modules[name] is before[name] for name in ("models", "data", "evaluate"))  # ours are back
+
+
+def test_a_models_file_may_change_folder_and_default_type(folder, attack):
+    head = "import os, tempfile, torch\nos.chdir(tempfile.mkdtemp())\ntorch.set_default_dtype(torch.float64)\n"
+    (folder / "elsewhere").mkdir()
+    text = "import numpy as np\nFIT = np.load('fit.npy')\n" + head
+    forward = "return 10 * F.linear(x.flatten(1), self.weight[:, :-1], self.weight[:, -1])"
+    init = "self.weight.data = torch.from_numpy(FIT)"
+    status, report, said = attack("moves", forward, head=text, init=init)
+    assert torch.get_default_dtype() == torch.float32
+    assert status == 0 and report["clean"]["accuracy"] > 0.8, said
+
+
+@pytest.mark.parametrize(
+    "forward, sentence",
+    [
+        ("return self.answer(x).argmax(1)", r"returns .8,. for"),
+        ("return F.one_hot(self.answer(x).argmax(1), 10)", "returns torch.int64: votes or classes"),
+        ("return (self.answer(x), x)", "returns tuple"),
+        ("torch.autograd.grad(self.answer(x).sum(), self.weight); return self.answer(x)", "enable_grad"),
+    ],
+)
+def test_an_output_that_is_no_logits_gets_a_sentence(attack, forward, sentence):
+    status, _, said = attack(f"output-{len(forward)}", forward)
+    assert status == 2 and re.search(sentence, said) and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("what", ["torch.jit.freeze(torch.jit.trace(plain, torch.rand(2, 1, 32, 32)))"])
+def test_a_compiled_model_is_attacked(folder, call, what):
+    plain = "import numpy as np, torch\nfit = torch.from_numpy(np.load('fit.npy')).float()\n"
+    plain += "plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)).eval()\n"
+    plain += "plain[1].weight.data, plain[1].bias.data = 10 * fit[:, :-1], 10 * fit[:, -1]\n"
+    (folder / "frozen.py").write_text(plain + f"net = {what}\n")
+    status, said = call("--model", "frozen.py:net", "--dataset", "digits", "--eps", "0.1", "--attack", "pgd-eot")
+    assert status == 0, said
 
 
 @pytest.mark.parametrize(
@@ -281,22 +431,22 @@ def test_the_same_attack_through_either_door_gives_the_same_rows(folder, call):
 def test_the_union_has_a_row_for_each_attack(folder, call):
     assert call("--ckpt", "carso.pt", "--attack", "all", "--out", "union", "--no-cascade")[0] in (0, 3)
     report = json.loads((folder / "union" / "report.json").read_text())
-    assert list(report["attacks"]) == GROUPS["all"]
+    assert list(report["attacks"]) == ["standard", *GROUPS["all"][:-1]]  # of the classifier, then of the defence
     least = min(part["accuracy"] for part in report["attacks"].values() if part["target"] == "defence")
     assert report["robust"]["least"] <= least + 0.2
 
 
 def test_a_black_box_has_its_turn_before_standard_which_has_one_inside():
-    assert [*ALL][-2:] == ["square", "standard"]
+    assert [*evaluate.ATTACKS][-2:] == ["square", "standard"]
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in evaluate.ATTACKS])
+@pytest.mark.parametrize("name", ROWS)
 def test_every_attack_stays_in_the_ball_and_follows_its_seed(tiny_carso, name):
     x, y = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
     found = []
     for _ in range(2):
         reseed(1, tiny_carso)
-        candidates = ALL[name].run(Seen(tiny_carso, samples=3), x, y, 0.1, SMALL)
+        candidates = ROWS[name].run(Seen(tiny_carso, samples=3), x, y, SMALL | {"eps": 0.1})
         assert candidates.shape[1:] == x.shape and (candidates - x).abs().max() <= 0.1 + 1e-6
         assert candidates.min() >= 0 and candidates.max() <= 1
         assert name == "square" or not torch.equal(candidates[0], x)  # three queries may find nothing
@@ -309,7 +459,7 @@ def test_a_targeted_attack_raises_the_class_that_it_wants(tiny_carso):
     with torch.no_grad():
         before = classifier(x)
     y = before.argmax(1)
-    first, second = ALL["apgd-t"].run(Seen(classifier), x, y, 0.05, SMALL | {"steps": 20})
+    first, second = ROWS["apgd-t"].run(Seen(classifier), x, y, SMALL | {"steps": 20, "eps": 0.05})
     order = before.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
     for candidate, wanted in ((first, order[:, 0]), (second, order[:, 1])):
         after = classifier(candidate)
@@ -357,6 +507,44 @@ def test_apgd_returns_the_largest_loss_that_it_saw(tiny_carso):
     assert_close(objective(best)[0], loss)
 
 
+def test_attacks_that_beat_gradients_are_a_sign_of_masking():
+    def find(follower, weaker, attacked=None, **more):
+        right = lambda share: np.arange(10)[None] < np.round(10 * np.array(share))[:, None]  # noqa: E731
+        everywhere = np.ones(len(follower), dtype=bool)
+        rows = {"pgd-eot": (follower, everywhere), "noise": (weaker, everywhere if attacked is None else attacked)}
+        rows |= {name: (share, everywhere) for name, share in more.items()}
+        table = {k: {"right": right(s), "select": np.array(s), "attacked": a} for k, (s, a) in rows.items()}
+        return find_masking(SimpleNamespace(attacks=table), table)
+
+    assert "noise takes 20.0 points more" in find([1.0] * 50, [0.0] * 10 + [1.0] * 40)[0]
+    assert not find([0.0] * 25 + [1.0] * 25, [1.0] * 50)  # the gradients are stronger
+    assert not find([1.0] * 50, [0.0] + [1.0] * 49)  # one picture in fifty is chance
+    earlier = np.arange(50) >= 10  # the gradients took ten before the other's turn
+    assert not find([0.0] * 10 + [1.0] * 40, [0.0] * 10 + [1.0] * 40, earlier)
+    # AutoAttack's standard has a black box: it does not speak for the attacks that follow gradients.
+    assert find([1.0] * 50, [0.0] * 10 + [1.0] * 40, standard=[0.0] * 10 + [1.0] * 40)
+
+
+@pytest.mark.parametrize("aggregation", VIEW_OF_DECISION)
+def test_a_decision_without_gradients_is_attacked_through_another_output(folder, call, aggregation):
+    options = ["--aggregation", aggregation, "--attack", "pgd-eot", "--pictures", "3", "--out", f"by-{aggregation}"]
+    assert call("--ckpt", "carso.pt", *options)[0] == 0
+    report = json.loads((folder / f"by-{aggregation}" / "report.json").read_text())
+    assert report["config"]["view"] == VIEW_OF_DECISION[aggregation]
+    assert report["attacks"]["pgd-eot"]["zero_gradients"] < 0.5
+
+
+def test_views_decide_alike():
+    logits = torch.randn(200, 8, 10, generator=torch.Generator().manual_seed(0))
+    decision = AGGREGATIONS["robust"](logits).argmax(1)
+    assert torch.equal(VIEWS["logsumexp"](logits).argmax(1), decision)
+    assert torch.equal(VIEWS["sum-exp"](logits).argmax(1), decision)
+    assert VIEWS["sum-exp"](1e4 * logits).isfinite().all()
+    alike = logits + 20 * F.one_hot(torch.arange(200) % 10, 10)[:, None]
+    for name, view in VIEW_OF_DECISION.items():  # the output agrees with the decision where all members agree
+        assert torch.equal(VIEWS[view](alike).argmax(1), AGGREGATIONS[name](alike).argmax(1))
+
+
 def test_controls_cut_what_they_name(tiny_carso):
     x = torch.rand(3, *tiny_carso.purifier.config["image_shape"])
     assert CONTROLS["classifier"](tiny_carso) is tiny_carso.classifier
@@ -374,7 +562,8 @@ def test_every_control_is_evaluated(folder, call, control):
     assert call("--ckpt", "carso.pt", "--control", control, "--attack", "apgd-ce", "--out", control)[0] in (0, 3)
     report = json.loads((folder / control / "report.json").read_text())
     assert report["config"]["control"] == control
-    assert report["deterministic"] == (control in ("classifier", "final", "fixed-z"))
+    is_asked_once = report["config"]["draws"] == 1
+    assert is_asked_once == (control in ("classifier", "final", "fixed-z"))
 
 
 # ------------------------------------------------------------------------------------------------------------ sweeps
@@ -392,8 +581,17 @@ def test_signs_of_masking_in_a_sweep_are_seen():
 def test_a_sweep_has_a_row_a_value_and_a_plot(folder, call, monkeypatch):
     monkeypatch.setitem(lab.evaluate.SWEEPS, "eps", [0.0, 0.1, 0.5])
     status, said = call("--ckpt", "carso.pt", "--out", "swept", "--sweep", "eps", "--pictures", "3")
-    assert status in (0, 3) and "the curve is swept/sweep-eps.png" in said
+    assert status in (0, 3) and f"the curve is {folder}/swept/sweep-eps.png" in said
     lines = [line.split("\t") for line in (folder / "swept" / "sweep-eps.tsv").read_text().splitlines()]
     assert lines[0] == ["eps", "clean", "noise", "apgd-ce", "n"] and len(lines) == 4
     assert lines[1][1] == lines[1][2] == lines[1][3]  # at eps 0 nothing differs from clean
     assert (folder / "swept" / "sweep-eps.png").stat().st_size > 1000
+
+
+def test_a_sweep_repeats_the_attack_that_was_asked_for(folder, call, monkeypatch):
+    monkeypatch.setitem(lab.evaluate.SWEEPS, "steps", [1, 2])
+    options = ["--ckpt", "carso.pt", "--out", "rand", "--sweep", "steps", "--pictures", "3", "--attack"]
+    assert call(*options, "rand")[0] in (0, 3)
+    assert (folder / "rand" / "sweep-steps.tsv").read_text().startswith("steps\tclean\tnoise\trand\tn\n")
+    status, said = call(*options, "rand", "pgd-eot")
+    assert status == 2 and "--sweep steps repeats one attack: give --attack one name" in said
