@@ -292,14 +292,6 @@ def representation_layers(depth: int) -> list[str]:
     return names
 
 
-def check_maps(name: str, output) -> None:
-    """Raises ValueError unless a layer's output is maps (B, c, h, w): attention's is a tuple, or tokens."""
-    if not isinstance(output, torch.Tensor):
-        raise ValueError(f"layer {name} puts out a {type(output).__name__}: tap a layer that puts out one tensor")
-    if output.ndim != 4:
-        raise ValueError(f"layer {name} puts out {tuple(output.shape)}: tap a layer that puts out maps (B, c, h, w)")
-
-
 def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run the classifier once and keep the outputs of the named layers.
 
@@ -310,7 +302,7 @@ def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[t
         logits (B, K) and the representation, a list of (B, c_i, h_i, w_i) in the order of `layers`.
     Raises:
         ValueError: layers is no list of names, the classifier has no such layer, did not run it, ran it more than once,
-            or the layer does not put out maps.
+            or the layer does not put out a tensor.
     """
     if isinstance(layers, str) or not layers:
         raise ValueError(f"layers must be a list with at least one layer's name, not {layers!r}")
@@ -322,7 +314,8 @@ def record(classifier: nn.Module, layers: list[str], x: torch.Tensor) -> tuple[t
 
     def keep(name):
         def hook(module, inputs, output):
-            check_maps(name, output)
+            if not isinstance(output, torch.Tensor):  # attention's is a tuple
+                raise ValueError(f"layer {name} puts out a {type(output).__name__}: tap one that puts out a tensor")
             if name in recorded:
                 raise ValueError(f"the classifier runs {name} more than once: tap a layer that it runs once")
             recorded[name] = output if changes_nothing else output.clone()

@@ -114,7 +114,7 @@ known = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 for tapped, arguments, sentence in (
     (layers, sizes, "pass mean= and std="),
     (layers, sizes | known, "layer 2 of the representation is (128, 8, 8)"),
-    (["fc"], sizes | known, "layer fc puts out (1, 7)"),
+    (["fc"], sizes | known, "layer 0 of the representation is (7,)"),
 ):
     try:
         build_carso(resnet18(num_classes=7), tapped, (3, 64, 64), samples=3, **arguments)

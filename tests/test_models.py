@@ -191,8 +191,7 @@ class Attention(nn.Module):
 TAPS = {
     "none": ([], "a list with at least one layer's name, not []"),
     "a string": ("tokens", "a list with at least one layer's name, not 'tokens'"),
-    "a tuple": (["attention"], "layer attention puts out a tuple: tap a layer that puts out one tensor"),
-    "tokens": (["tokens"], "layer tokens puts out (1, 3, 16): tap a layer that puts out maps (B, c, h, w)"),
+    "a tuple": (["attention"], "layer attention puts out a tuple: tap one that puts out a tensor"),
     "run twice": (["again"], "runs again more than once: tap a layer that it runs once"),
 }
 

@@ -219,10 +219,12 @@ class SmallCNN(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third = (nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 8), (8, 16), (16, 16)))
-        self.last = nn.Linear(16, 7)
+        self.tokens, self.last = nn.Flatten(2), nn.Linear(16, 7)
 
     def forward(self, x):
-        return self.last(self.third(self.second(self.first(x).relu()).relu()).relu().mean((2, 3)))
+        first = self.first(x).relu()
+        self.tokens(first)
+        return self.last(self.third(self.second(first).relu()).relu().mean((2, 3)))
 
 
 def test_any_network_is_defended():
@@ -231,7 +233,8 @@ def test_any_network_is_defended():
         (layers, {}, "pass mean= and std="),
         (layers, dict(mean=(0.5,) * 3, std=(0.5,)), "need one number for each of the pictures' 3 channel"),
         ("first", half, "layers must be a list .* not 'first'"),
-        (["first", "last"], half, r"layer last puts out \(1, 7\): tap a layer that puts out maps"),
+        (["first", "last"], half, r"layer 1 of the representation is \(7,\)"),
+        (["first", "tokens"], half, r"layer 1 of the representation is \(8, 1024\); .* need maps \(c, h, w\)"),
         (["first", "third"], half, r"layer 1 .* is \(16, 8, 8\); .* 4 convolutions need .* tap an earlier layer"),
         (["first", "fourth"], half, "no layer named fourth"),
     ):
