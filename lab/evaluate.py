@@ -109,7 +109,6 @@ def load_foreign(text: str) -> nn.Module:
             raise
         model = getattr(module, name, None)
         model = model if isinstance(model, nn.Module) or not callable(model) else model()
-    torch.set_default_dtype(torch.float32)  # the file may have set another
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {text}: {name} is no nn.Module, nor a function that returns one")
     is_carso = hasattr(model, "member_logits") and hasattr(model, "purifier")
@@ -118,22 +117,20 @@ def load_foreign(text: str) -> nn.Module:
 
 @contextlib.contextmanager
 def ours_hidden_behind(folders: list[Path]):
-    """Inside, modules in these folders are imported instead of ours of the same names."""
-    ours = {}
-    for name, module in list(sys.modules.items()):
-        top = name.partition(".")[0]
-        for place in (folder / top for folder in folders):
-            file = next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), place)
-            is_there = file.is_file() or (place.is_dir() and any(place.glob("*.py")))
-            if is_there and not str(getattr(sys.modules.get(top), "__file__", "")).startswith(str(place)):
-                ours[name] = module
-    for name in ours:
-        del sys.modules[name]
-    sys.path[:0] = map(str, folders)  # and stays: a forward may import, too
+    """Inside, modules in these folders are imported instead of ours of the same names; ours of other names stay."""
+    here = Path(evaluate.__file__).resolve().parent
+    folders = [folder for folder in folders if folder != here]
+    beside = {path.stem for folder in folders for path in folder.glob("*.py")}
+    beside |= {path.parent.name for folder in folders for path in folder.glob("*/*.py")}
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in beside}
+    paths = [path for path in sys.path if Path(path).resolve() != here]
+    sys.path[:] = [*map(str, folders), *paths]
     try:
         yield
     finally:
         sys.modules.update(ours)
+        sys.path.append(str(here))  # behind theirs, which stay: a forward may import, too
+        torch.set_default_dtype(torch.float32)  # the file may have set another
 
 
 # ------------------------------------------------------------------------------ what an audit of gradients does not see
@@ -189,7 +186,7 @@ def check_output(model: nn.Module, images: torch.Tensor, classes: int, name: str
         raise
     except Exception as error:  # numpy inside, say, or an assertion that no gradient is wanted
         model.refuses_gradients = True
-        return [f"the model refuses a picture that asks for a gradient ({str(error).splitlines()[0]:.80})"]
+        return [f"the model refuses a picture that asks for a gradient ({type(error).__name__} {error})"]
     model.manual_seed(0)
     plain, _ = hold_noise(Seen(model), x, 0)(x.detach()).max(1)
     inside, _ = hold_noise(Seen(model), x, 0)(x).max(1)
@@ -325,6 +322,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.model and (not args.dataset or args.eps is None or args.ckpt or args.published):
         raise ValueError("--model goes with --dataset and --eps, and without --ckpt and --published")
+    if args.model and (args.control or args.final):
+        raise ValueError("--control and --final are for a CARSO of --ckpt: leave them out")
     if args.sweep:
         args.attack = args.attack or ["apgd-ce"]
         if len(args.attack) > 1 or args.attack[0] in GROUPS:

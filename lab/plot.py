@@ -33,8 +33,8 @@ def read_sweep(folder: Path, what: str) -> dict[str, Curve]:
         curves = {name: [(float(row[what]), float(row[name]), float(row["n"])) for row in rows] for name in names}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no table of lab.evaluate's ({error!r}): make it again") from None
-    if not curves:
-        raise ValueError(f"{path} has no rows: make it again")
+    if len(curves) < 3:
+        raise ValueError(f"{path} has no curves of clean pictures, noise and an attack: make it again")
     return curves
 
 
