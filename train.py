@@ -569,7 +569,10 @@ class Stage:
         self.epoch, self.step = state["epoch"], state["step"]  # the next one
         self.rows, self.sums = state["rows"], state["sums"]  #   of past epochs; over all ranks, since this epoch began
         for part, content in state["parts"].items():
-            parts[part].load_state_dict(content)
+            if isinstance(parts[part], nn.Module):
+                load_weights(parts[part], content, self.path)  # refuses those of another purifier
+            else:
+                parts[part].load_state_dict(content)
 
         going_on = "" if saved is None else f", going on at epoch {self.epoch}, step {self.step}"
         run.say(f"{name}: {last_epoch} epochs of {self.pictures} pictures in batches of {batch_size}{going_on}")

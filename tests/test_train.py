@@ -336,6 +336,13 @@ def test_a_folder_belongs_to_one_network_one_data_set_and_one_preset(tmp_path):
             some_run(tmp_path, **dict(start=classifier) | changed)
 
 
+def test_a_purifier_of_other_sizes_does_not_go_on_with_what_was_saved(tmp_path):
+    run = some_run(tmp_path)
+    Stage(run, "purifier", 0, 9, {"purifier": nn.Linear(3, 4)}, ()).save()
+    with pytest.raises(ValueError, match=f"the weights in {tmp_path}/purifier.resume.pt do not fit: .*size mismatch"):
+        Stage(run, "purifier", 0, 9, {"purifier": nn.Linear(3, 5)}, ())
+
+
 @pytest.mark.parametrize("first, second, later, waits", [
     ("SIGTERM", "SIGTERM", 1, True), ("SIGTERM", "SIGTERM", 6, False), ("SIGINT", "SIGTERM", 1, True),
     ("SIGTERM", "SIGINT", 1, False), ("SIGINT", "SIGINT", 1, False),
