@@ -206,6 +206,7 @@ def adversarially_balanced_batch(
     step_size: float = 0.01,
     first: int = 0,
     noise: torch.Tensor | None = None,
+    kinds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A copy of x (B, C, H, W) with a part perturbed against the classifier (paper, section 4.4): an even split of PGD
     eps/2, PGD eps, FGSM eps/2 and FGSM eps, all untargeted on cross-entropy; the other pictures stay as they are.
@@ -217,11 +218,13 @@ def adversarially_balanced_batch(
         steps, step_size: of PGD.
         first: this batch's first picture's number since the start of training; see `balanced_kinds`.
         noise: PGD's random start, uniform in [-1, 1], of x's shape; drawn from torch's global generator when None.
+        kinds: of each picture, (B,) on the CPU, where they are not those of consecutive pictures from `first` on.
     """
     check_pictures(x, eps)
     if not 0 <= fraction <= 1:
         raise ValueError(f"the perturbed fraction is between 0 and 1, not {fraction}")
-    kinds = balanced_kinds(first, len(x), fraction)  # on the CPU: there nothing is waited for
+    if kinds is None:
+        kinds = balanced_kinds(first, len(x), fraction)  # on the CPU: there nothing is waited for
     rows = (kinds >= 0).nonzero().squeeze(1)
     if len(rows) == 0:
         return x.clone()

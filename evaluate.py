@@ -49,6 +49,7 @@ from models import (
     check_clean_accuracy,
     hash_weights,
     load_classifier,
+    load_tensors,
     read_ranks,
     run_script,
     start_device,
@@ -792,7 +793,7 @@ def load_model(args, device: torch.device, load=load_carso) -> tuple[nn.Module, 
         model, state = load(path, device)
         name = args.dataset or state.get("dataset")
     else:
-        model, state, name = None, {}, args.dataset
+        model, state, name = None, {"fingerprint": load_tensors(path).get("fingerprint")}, args.dataset
     if name is None:
         raise ValueError(f"{path} does not say what it was trained on: add --dataset")
     if not args.dataset and name not in datasets.NAMES and not Path(name).exists():
@@ -907,7 +908,7 @@ def run_chunks(evaluations: list[Evaluation]) -> bool:
 
 def find_notes(data: datasets.Dataset, state: dict, source: Path) -> list[str]:
     """What the loader says of the pictures, and whether the checkpoint was trained on other ones than those at hand."""
-    notes, trained_on = list(data.notes), state.get("config", {}).get("data")
+    notes, trained_on = list(data.notes), state.get("fingerprint")
     if trained_on and len(data.train_labels):
         if trained_on != datasets.fingerprint(data.train_images, data.train_labels, data.classes):
             notes.append(f"{source} was trained on other pictures than the training split of {data.name}: were these "

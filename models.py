@@ -33,10 +33,6 @@ from torch import nn
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 # ------------------------------------------------------------------------------------- BatchNorm and its activation
-# On a GPU the way through memory takes most of such a layer's time, so that there the two are one kernel forward and
-# one backward. On a CPU only the last function of this chapter counts.
-
-FUSED_ON = ("cuda",)  # kinds of device; () does without
 
 
 class Activation(NamedTuple):
@@ -52,107 +48,6 @@ def silu_slope(x: torch.Tensor) -> torch.Tensor:
 
 
 SILU = Activation(F.silu, silu_slope)
-
-
-class ForwardKernel(nn.Module):
-    """activation(BatchNorm(x)) of rows x (N, C), with BatchNorm's weight, bias, mean and variance (C,)."""
-
-    def __init__(self, activation: Activation, eps: float):
-        super().__init__()
-        self.activation, self.eps = activation, eps
-
-    def forward(self, x, weight, bias, mean, variance):
-        scale = weight * torch.rsqrt(variance + self.eps)
-        return self.activation.value(torch.addcmul(bias - mean * scale, x, scale)).to(x.dtype)
-
-
-class BackwardKernel(ForwardKernel):
-    """The gradient in x, (N, C), from the gradient in ForwardKernel's result."""
-
-    def forward(self, gradient, x, weight, bias, mean, variance):
-        scale = weight * torch.rsqrt(variance + self.eps)
-        slope = self.activation.slope(torch.addcmul(bias - mean * scale, x, scale))
-        return (gradient * slope * scale).to(x.dtype)
-
-
-@functools.cache
-def compile_kernel(kind, activation: Activation, eps: float, channels: int, dtypes: tuple, device: torch.device):
-    """kind(activation, eps), compiled for tensors of these dtypes, of which the last four are BatchNorm's own (C,), and
-    for any number of rows in the others, (N, C). The arguments here are all that it depends on: torch.compile would
-    look at every call whether its kernel still fits, which takes the host longer than a layer."""
-    any_number = torch.export.Dim("rows", max=(2**31 - 1) // channels)  # counted in 32 bits
-    # An example, from which PyTorch chooses the kernel's blocks; a prime, so that nothing holds for it by accident.
-    rows = [torch.ones(10_007, channels, dtype=dtype, device=device) for dtype in dtypes[:-4]]
-    own = [torch.ones(channels, dtype=dtype, device=device) for dtype in dtypes[-4:]]
-    sizes = tuple([{0: any_number}] * len(rows) + [None] * len(own))
-    # The kernel must not depend on who asks for it first.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        program = torch.export.export(kind(activation, eps), (*rows, *own), dynamic_shapes=sizes, strict=False)
-        graph = program.graph_module
-        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph")
-
-
-def run_kernel(kind, settings: tuple, *tensors: torch.Tensor) -> torch.Tensor:
-    """kind(*settings)(*tensors)."""
-    dtypes = tuple([tensor.dtype for tensor in tensors])
-    kernel = compile_kernel(kind, *settings, tensors[-1].shape[0], dtypes, tensors[0].device)
-    return kernel(*tensors)[0]
-
-
-class NormaliseAndActivate(torch.autograd.Function):
-    """activation(BatchNorm(x)), (B, C, H, W) -> (B, C, H, W), differentiable once, in x alone. Nothing but x is kept
-    for the backward pass, which computes the rest again."""
-
-    @staticmethod
-    def forward(ctx, x, batchnorm, activation):
-        own = batchnorm.weight, batchnorm.bias, batchnorm.running_mean, batchnorm.running_var
-        rows = as_rows(x)
-        ctx.save_for_backward(rows, *own)
-        ctx.settings = activation, batchnorm.eps
-        return as_maps(run_kernel(ForwardKernel, ctx.settings, rows, *own), x.shape)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        if torch.is_grad_enabled():
-            raise RuntimeError("the fused BatchNorm has no second derivative: set models.FUSED_ON = ()")
-        rows = run_kernel(BackwardKernel, ctx.settings, as_rows(gradient), *ctx.saved_tensors)
-        return as_maps(rows, gradient.shape), None, None
-
-
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B H W, C), which is how channels-last memory lies."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
-
-
-def as_maps(rows: torch.Tensor, shape) -> torch.Tensor:
-    batch, channels, height, width = shape
-    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-@functools.cache
-def has_compiler(device: torch.device) -> bool:
-    """Whether PyTorch can make kernels for this device; a line of log where it cannot."""
-    try:
-        NormaliseAndActivate.apply(torch.ones(2, 8, 1, 1, device=device), nn.BatchNorm2d(8, device=device), SILU)
-        return True
-    except Exception as error:  # PyTorch and Triton raise anything where a compiler is missing
-        print(f"BatchNorm is not fused with its activation: {str(error).splitlines()[0]:.80}", file=sys.stderr)
-        return False
-
-
-def is_fused(batchnorm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
-    """Whether BatchNorm of x (B, C, H, W) and its activation are one kernel: on a GPU, with frozen weights."""
-    learns = torch.is_grad_enabled() and (batchnorm.weight.requires_grad or batchnorm.bias.requires_grad)
-    return (
-        x.device.type in FUSED_ON
-        and not (batchnorm.training or learns)
-        and x.dtype != torch.float64
-        and 0 < x.numel() < 2**31
-        and type(x) is torch.Tensor  # and no stand-in for one, which has no memory
-        and not torch.compiler.is_compiling()  # who compiles the whole network gets it in one piece
-        and has_compiler(x.device)
-    )
 
 
 def normalise_and_activate(batchnorm: nn.BatchNorm2d, x: torch.Tensor, activation: Activation = SILU) -> torch.Tensor:
@@ -634,3 +529,110 @@ def run_script(name: str, main) -> NoReturn:
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+# ----------------------------------------------------------------- appendix: BatchNorm and its activation on a GPU
+# There the way through memory takes most of such a layer's time: the two are one kernel forward and one backward.
+
+FUSED_ON = ("cuda",)  # kinds of device; () does without
+
+
+class ForwardKernel(nn.Module):
+    """activation(BatchNorm(x)) of rows x (N, C), with BatchNorm's weight, bias, mean and variance (C,)."""
+
+    def __init__(self, activation: Activation, eps: float):
+        super().__init__()
+        self.activation, self.eps = activation, eps
+
+    def forward(self, x, weight, bias, mean, variance):
+        scale = weight * torch.rsqrt(variance + self.eps)
+        return self.activation.value(torch.addcmul(bias - mean * scale, x, scale)).to(x.dtype)
+
+
+class BackwardKernel(ForwardKernel):
+    """The gradient in x, (N, C), from the gradient in ForwardKernel's result."""
+
+    def forward(self, gradient, x, weight, bias, mean, variance):
+        scale = weight * torch.rsqrt(variance + self.eps)
+        slope = self.activation.slope(torch.addcmul(bias - mean * scale, x, scale))
+        return (gradient * slope * scale).to(x.dtype)
+
+
+@functools.cache
+def compile_kernel(kind, activation: Activation, eps: float, channels: int, dtypes: tuple, device: torch.device):
+    """kind(activation, eps), compiled for tensors of these dtypes, of which the last four are BatchNorm's own (C,), and
+    for any number of rows in the others, (N, C). The arguments here are all that it depends on: torch.compile would
+    look at every call whether its kernel still fits, which takes the host longer than a layer."""
+    any_number = torch.export.Dim("rows", max=(2**31 - 1) // channels)  # counted in 32 bits
+    # An example, from which PyTorch chooses the kernel's blocks; a prime, so that nothing holds for it by accident.
+    rows = [torch.ones(10_007, channels, dtype=dtype, device=device) for dtype in dtypes[:-4]]
+    own = [torch.ones(channels, dtype=dtype, device=device) for dtype in dtypes[-4:]]
+    sizes = tuple([{0: any_number}] * len(rows) + [None] * len(own))
+    # The kernel must not depend on who asks for it first.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        program = torch.export.export(kind(activation, eps), (*rows, *own), dynamic_shapes=sizes, strict=False)
+        graph = program.graph_module
+        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph")
+
+
+def run_kernel(kind, settings: tuple, *tensors: torch.Tensor) -> torch.Tensor:
+    """kind(*settings)(*tensors)."""
+    dtypes = tuple([tensor.dtype for tensor in tensors])
+    kernel = compile_kernel(kind, *settings, tensors[-1].shape[0], dtypes, tensors[0].device)
+    return kernel(*tensors)[0]
+
+
+class NormaliseAndActivate(torch.autograd.Function):
+    """activation(BatchNorm(x)), (B, C, H, W) -> (B, C, H, W), differentiable once, in x alone. Nothing but x is kept
+    for the backward pass, which computes the rest again."""
+
+    @staticmethod
+    def forward(ctx, x, batchnorm, activation):
+        own = batchnorm.weight, batchnorm.bias, batchnorm.running_mean, batchnorm.running_var
+        rows = as_rows(x)
+        ctx.save_for_backward(rows, *own)
+        ctx.settings = activation, batchnorm.eps
+        return as_maps(run_kernel(ForwardKernel, ctx.settings, rows, *own), x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused BatchNorm has no second derivative: set models.FUSED_ON = ()")
+        rows = run_kernel(BackwardKernel, ctx.settings, as_rows(gradient), *ctx.saved_tensors)
+        return as_maps(rows, gradient.shape), None, None
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B H W, C), which is how channels-last memory lies."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
+
+
+def as_maps(rows: torch.Tensor, shape) -> torch.Tensor:
+    batch, channels, height, width = shape
+    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def has_compiler(device: torch.device) -> bool:
+    """Whether PyTorch can make kernels for this device; a line of log where it cannot."""
+    try:
+        NormaliseAndActivate.apply(torch.ones(2, 8, 1, 1, device=device), nn.BatchNorm2d(8, device=device), SILU)
+        return True
+    except Exception as error:  # PyTorch and Triton raise anything where a compiler is missing
+        print(f"BatchNorm is not fused with its activation: {str(error).splitlines()[0]:.80}", file=sys.stderr)
+        return False
+
+
+def is_fused(batchnorm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
+    """Whether BatchNorm of x (B, C, H, W) and its activation are one kernel: on a GPU, with frozen weights."""
+    learns = torch.is_grad_enabled() and (batchnorm.weight.requires_grad or batchnorm.bias.requires_grad)
+    return (
+        x.device.type in FUSED_ON
+        and not (batchnorm.training or learns)
+        and x.dtype != torch.float64
+        and 0 < x.numel() < 2**31
+        and type(x) is torch.Tensor  # and no stand-in for one, which has no memory
+        and not torch.compiler.is_compiling()  # who compiles the whole network gets it in one piece
+        and has_compiler(x.device)
+    )

@@ -42,7 +42,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import data as datasets
-from attacks import adversarially_balanced_batch, format_eps, parse_eps, pgd
+from attacks import adversarially_balanced_batch, balanced_kinds, format_eps, parse_eps, pgd
 from models import (
     PUBLISHED,
     WideResNet,
@@ -749,20 +749,21 @@ def attack_batches(run: Run, classifier: nn.Module, batches, together: int | Non
     p, ranks = run.p, run.ranks
     fraction = max(p.fraction, 0.01)
     if together is None:
-        fill_a_gpu = round(2 * 640 / (fraction * p.batch_size))  # every other perturbed picture is PGD's
-        together = min(max(fill_a_gpu, 1), 16) if ranks.device.type == "cuda" and ranks.count == 1 else 1
+        fill_a_gpu = round(2 * 640 * ranks.count / (fraction * p.batch_size))  # every other perturbed picture is PGD's
+        together = min(max(fill_a_gpu, 1), 16) if ranks.device.type == "cuda" else 1
     at_once = run.micro_batch and math.ceil(run.micro_batch / fraction)  # memory goes to those that are attacked
     batches = iter(batches)
     while group := list(itertools.islice(batches, together)):
         pictures = [run.load_pictures(batch) for batch in group]
         x, y = (torch.cat(parts) for parts in zip(*pictures))
         noise = torch.cat([run.draw_noise(batch) for batch in group])
-        first = group[0].first + int(ranks.share(torch.arange(len(group[0].indices)))[0])
+        kinds = [balanced_kinds(batch.first, len(batch.indices), p.fraction) for batch in group]
+        kinds = torch.cat([ranks.share(of_batch) for of_batch in kinds])
         with run.autocast():
             attacked = torch.cat([
                 adversarially_balanced_batch(
                     classifier, x[rows], y[rows], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
-                    first=first + rows.start, noise=noise[rows],
+                    noise=noise[rows], kinds=kinds[rows],
                 )
                 for rows in split_rows(len(x), at_once)
             ])  # fmt: skip
@@ -846,7 +847,7 @@ def draw_reconstructions(run: Run, carso: CARSO, epoch: int) -> None:
     z = torch.randn((len(x), 6, carso.purifier.config["latent_dim"]), generator=generator).to(device)
     with torch.no_grad():
         tiles = torch.cat([x[:, None], attacked[:, None], carso.purify(attacked, z)], dim=1)
-    headings = ["clean", "attacked", *["drawn anew"] * 6]
+    headings = ["clean", "attacked", *["reconstruction"] * 6]
     datasets.save_pictures(run.folder / "reconstructions.png", tiles, headings)
     carso.train(was_training)
 

@@ -298,7 +298,7 @@ def test_pictures_that_may_have_been_trained_on_are_pointed_out(folder, call):
     carso, state = load_carso(folder / "carso.pt")
     data = datasets.load("digits")
     for name, images in (("same", data.train_images), ("other", data.test_images)):
-        state["config"]["data"] = datasets.fingerprint(images, data.train_labels[: len(images)], data.classes)
+        state["fingerprint"] = datasets.fingerprint(images, data.train_labels[: len(images)], data.classes)
         save_carso(folder / f"{name}.pt", carso, **state)
         assert call("--ckpt", f"{name}.pt", "--attack", "clean", "--out", name)[0] == 0
         notes = read_report(folder, name)["notes"]
