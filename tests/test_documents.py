@@ -42,8 +42,6 @@ def test_sizes_and_links_are_true():
     sizes = {path: int(lines) for path, lines in re.findall(r"^\| \[(\w+\.py)\]\(.*?\) \| (\d+) \|", README, re.M)}
     ours = {path.name: len(path.read_text().splitlines()) for path in ROOT_FILES.values()}
     assert sizes == {name: round(lines, -1) for name, lines in ours.items()}
-    assert len(README.splitlines()) <= 150
-    assert len((ROOT / "RESULTS.md").read_text().splitlines()) <= 400
     for page in ("README.md", "RESULTS.md", "study.md"):
         for link in re.findall(r"\]\((?!http|#)(.*?)\)|src=\"(.*?)\"", (ROOT / page).read_text()):
             path = "".join(link).partition("#")[0]
