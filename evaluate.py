@@ -16,6 +16,8 @@ A chunk of pictures is the unit of work. On each chunk the attacks run in order,
 chunk) is a file, and a file that exists is never made again. Process r of n takes chunks r, r + n, ... A killed
 evaluation goes on under the same command, with any number of processes. Whoever finishes last writes the report.
 
+The way of a picture: main, run_chunks, evaluate_chunk, run_attack, score; then from the files: gather, write_report.
+
 The audit looks at every picture, where the attacks begin and where they ended: do gradients exist, and do they explain
 how the answers change? If not, the exit status is 3 (torchrun makes it 1) and the report says why.
 
@@ -73,7 +75,10 @@ NUMBERS = {  # name: paper, reduced, meaning
     "draws": (20, 10, "fresh draws that score it"),
     "chunk": (128, 50, "pictures in a unit of work"),
 }
-BUDGETS = {name: {key: row[i] for key, row in NUMBERS.items()} for i, name in enumerate(("paper", "reduced"))}
+BUDGETS = {
+    "paper": {name: paper for name, (paper, _, _) in NUMBERS.items()},
+    "reduced": {name: reduced for name, (_, reduced, _) in NUMBERS.items()},
+}
 
 
 def is_reduced(settings: dict) -> bool:
@@ -106,7 +111,7 @@ VIEWS = {"naive-odds": naive_log_odds}
 
 
 class Seen(nn.Module):
-    """A model behind one view: pictures -> logits (B, K), while counting passes and gradients that do not exist.
+    """A model behind one view: pictures -> logits (B, K), while counting gradients, and those that do not exist.
 
     model: CARSO, or any nn.Module from pictures to logits. view: members' logits (B, S, K) -> (B, K), ignored for a
     model without members. limit: at most so many reconstructions at a time, for memory; no answer depends on it."""
@@ -116,7 +121,7 @@ class Seen(nn.Module):
         self.model, self.view, self.limit = model, view, limit
         self.has_members = hasattr(model, "member_logits")
         self.samples = max(1, samples) if self.has_members else 1
-        self.count = dict.fromkeys(("pictures", "gradients", "nonfinite", "zero", "nonfinite_logits"), 0)
+        self.count = {"gradients": 0, "nonfinite": 0, "zero": 0, "nonfinite_logits": 0}
 
     def draw(self, x: torch.Tensor, draws: int) -> torch.Tensor | None:
         """Latent noise for so many evaluations of every picture, (B, E S, Z); None for a model without members."""
@@ -128,13 +133,13 @@ class Seen(nn.Module):
     def answer(self, x: torch.Tensor, draws: int, z: torch.Tensor | None = None) -> torch.Tensor:
         """E evaluations of every picture, (B, E, K), with latent noise z (B, E S, Z), drawn when None. A CARSO looks at
         the picture once for all of them; for a model without members each draw is a pass of its own."""
-        self.count["pictures"] += len(x) * draws
         if x.requires_grad:
             x = x.view_as(x)  # one leaf may serve several draws, whose gradients would be counted together
-            x.register_hook(self._watch)
+            x.register_hook(self._count_gradients)
         if self.has_members:
-            members = self._look(x, self.draw(x, draws) if z is None else z)  #           (B, E S, K)
-            logits = self.view(members.unflatten(1, (draws, -1)).flatten(0, 1))  #        (B E, K)
+            z = self.draw(x, draws) if z is None else z
+            members = self._compute_members(x, z)  #                                (B, E S, K)
+            logits = self.view(members.unflatten(1, (draws, -1)).flatten(0, 1))  #  (B E, K)
             logits = logits.unflatten(0, (len(x), draws))
         else:
             logits = torch.stack([self.model(x) for _ in range(draws)], 1)
@@ -142,17 +147,19 @@ class Seen(nn.Module):
         self.count["nonfinite_logits"] += (~logits.detach().isfinite()).flatten(1).any(1).sum()
         return logits
 
-    def _look(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def _compute_members(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """The members' logits (B, E S, K), at most `limit` of them at a time. Beyond that their graph is not kept, but
         computed again in the backward pass."""
-        look = self.model.member_logits
+        compute = self.model.member_logits
         if z.shape[:2].numel() > self.limit and x.requires_grad and torch.is_grad_enabled():
-            look = partial(checkpoint, look, use_reentrant=False)
+            compute = partial(checkpoint, compute, use_reentrant=False)
         rows = max(1, self.limit // z.shape[1])
-        parts = zip(x.split(rows), z.split(rows))
-        return torch.cat([torch.cat([look(a, c) for c in codes.split(self.limit, 1)], 1) for a, codes in parts])
+        parts = []
+        for pictures, codes in zip(x.split(rows), z.split(rows)):
+            parts.append(torch.cat([compute(pictures, some) for some in codes.split(self.limit, 1)], 1))
+        return torch.cat(parts)
 
-    def _watch(self, gradient: torch.Tensor) -> None:
+    def _count_gradients(self, gradient: torch.Tensor) -> None:
         flat = gradient.flatten(1)  # the counts stay on the device: reading one would wait for it
         self.count["gradients"] += len(flat)
         self.count["nonfinite"] += (~flat.isfinite()).any(1).sum()
@@ -181,18 +188,12 @@ def climb(seen: Seen, y: torch.Tensor, loss="ce", draws: int = 1, z: torch.Tenso
 def score(seen: Seen, x: torch.Tensor, y: torch.Tensor, draws: int, z: torch.Tensor | None = None) -> torch.Tensor:
     """Whether each of `draws` independent answers is right, (B, E) bool; NaN is no answer. z: (B, E S, Z), drawn when
     None."""
-    if len(x) == 0:
-        return torch.zeros(0, draws, dtype=torch.bool, device=x.device)
     logits = seen.answer(x, draws, z)
     return (logits.argmax(2) == y[:, None]) & ~logits.isnan().any(2)
 
 
-def seed_for(*what) -> int:
-    """Random numbers follow from what is done, never from the order or the place in which it is done."""
-    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=4).digest(), "little")
-
-
 def reseed(seed: int, model: nn.Module) -> None:
+    """Set torch's generator, and the model's own, where it has one."""
     torch.manual_seed(seed)
     if hasattr(model, "manual_seed"):
         model.manual_seed(seed)
@@ -207,9 +208,9 @@ class Attack:
     that nothing was found. Random numbers come from torch's global generator and the model's own."""
 
     run: Callable
-    on: str = "defence"  #       of a CARSO: the whole, or the bare "classifier"
-    steps: str = "steps"  #      the setting that says how long it is
-    eot: bool = True  #          averages over draws of the noise
+    on: tuple = ("defence",)  # of a CARSO: the whole, or the bare "classifier", or both
+    steps: str = "steps"  #     the setting that says how long it is
+    eot: bool = True  #         averages over draws of the noise
 
 
 def no_attack(seen, x, y, settings):
@@ -223,16 +224,16 @@ def uniform_noise(seen, x, y, settings):
 
 def pgd_eot(seen, x, y, settings):
     """PGD with EoT (paper, table 12), from a random start."""
-    eps, climbed = settings["eps"], climb(seen, y, "ce", settings["eot"])
+    eps = settings["eps"]
+    climbed = climb(seen, y, "ce", settings["eot"])
     return ascend(climbed, x, random_point(x, eps), eps, settings["pgd_steps"], settings["pgd_step_size"])[None]
 
 
 def build_apgd(kind, seen: Seen, x: torch.Tensor, settings: dict, **more):
     """AutoAttack's Auto-PGD of one kind, with the settings' steps."""
-    more |= dict(eps=settings["eps"], n_iter=settings["steps"], norm="Linf", device=x.device)
     logger = logging.getLogger("auto-attack")
     logger.setLevel(logging.ERROR)
-    return kind(seen, n_restarts=1, rho=0.75, verbose=False, logger=logger, **more)
+    return kind(seen, n_iter=settings["steps"], eps=settings["eps"], device=x.device, logger=logger, **more)
 
 
 def count_classes(seen: Seen, x: torch.Tensor) -> int:
@@ -262,21 +263,20 @@ def autoattack_standard(seen, x, y, settings):
     Where nothing was flipped it returns the clean picture."""
     from pyautoattack import AutoAttack
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-    from pyautoattack.fab_pt import FABAttack_PT
 
-    eps, seed, classes = settings["eps"], torch.initial_seed() % 2**31, count_classes(seen, x)
-    suite = AutoAttack(seen, version="standard", eps=eps, norm="Linf", seed=seed, device=x.device)
-    # Built anew: changing n_iter afterwards would leave their schedules at 100 steps.
-    targets = min(settings["targets"], classes - 1)
-    suite.apgd = build_apgd(APGDAttack, seen, x, settings, seed=seed)
-    suite.apgd_targeted = build_apgd(APGDAttack_targeted, seen, x, settings, seed=seed, n_target_classes=targets)
-    fab = dict(n_restarts=1, n_iter=settings["steps"], eps=eps, norm="Linf", seed=seed, device=x.device, verbose=False)
-    suite.fab = FABAttack_PT(seen, n_target_classes=targets, **fab)
+    eps = settings["eps"]
+    classes = count_classes(seen, x)
+    suite = AutoAttack(seen, version="standard", eps=eps, seed=torch.initial_seed() % 2**31, device=x.device)
+    # Both APGDs are built anew: changing n_iter afterwards would leave their schedules at 100 steps.
+    suite.apgd = build_apgd(APGDAttack, seen, x, settings)
+    suite.apgd_targeted = build_apgd(APGDAttack_targeted, seen, x, settings)
+    suite.apgd_targeted.n_target_classes = min(settings["targets"], classes - 1)
+    suite.fab.n_target_classes = min(settings["targets"], classes - 1)
+    suite.fab.n_iter = settings["steps"]
     suite.square.n_queries = settings["queries"]
     suite.square.perturb = torch.no_grad()(suite.square.perturb)  # it would keep the graph of every query
     if classes <= 3:  # targeted APGD and FAB need more classes than that
         suite.attacks_to_run = ["apgd-ce", "fab", "square"]
-        suite.fab.n_target_classes = classes - 1
     adversarial, _ = suite.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
     return project(adversarial.detach(), x, eps)[None]
 
@@ -284,11 +284,11 @@ def autoattack_standard(seen, x, y, settings):
 # In the order in which they run. The first two are controls: they count in the worst of all, but attack no model.
 CONTROLS = ("clean", "noise")
 ATTACKS = {
-    "clean": Attack(no_attack, eot=False),
-    "noise": Attack(uniform_noise, eot=False),
+    "clean": Attack(no_attack, on=("classifier", "defence"), eot=False),
+    "noise": Attack(uniform_noise, on=("classifier", "defence"), eot=False),
     "pgd-eot": Attack(pgd_eot, steps="pgd_steps"),
     "rand": Attack(autoattack_rand),
-    "standard": Attack(autoattack_standard, on="classifier", eot=False),
+    "standard": Attack(autoattack_standard, on=("classifier",), eot=False),
 }
 
 
@@ -297,7 +297,7 @@ ATTACKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One model, its attacks in the order in which they run, and the folder that holds its finished work."""
+    """One model, its attacks in the order in which they run, and the folder of the report and of all finished work."""
 
     name: str  #                   "defence", "classifier" or "model"
     model: nn.Module
@@ -315,45 +315,51 @@ class Evaluation:
         return range(0, len(self.labels), self.settings["chunk"])
 
     @property
-    def decide(self) -> Callable:
-        return AGGREGATIONS[self.settings["aggregation"]]
+    def work_names(self) -> list[str]:
+        """The names of a chunk's finished works, in the order in which they are done."""
+        return ["audit-start", *self.attacks, "worst", "audit-end"]
 
-    @property
-    def view(self) -> Callable:
-        return VIEWS.get(self.settings["view"], self.decide)
+    def see_decision(self) -> Seen:
+        return Seen(self.model, AGGREGATIONS[self.settings["aggregation"]], self.settings["samples"], self.limit)
 
-    def see(self, view: Callable, samples: int | None = None) -> Seen:
-        return Seen(self.model, view, self.settings["samples"] if samples is None else samples, self.limit)
+    def see_view(self) -> Seen:
+        """The model as attacks see it."""
+        seen = self.see_decision()
+        seen.view = VIEWS.get(self.settings["view"], seen.view)
+        return seen
 
-    def reseed(self, *what) -> None:
-        reseed(seed_for(*what, self.settings["seed"]), self.model)
+    def reseed_for(self, *what) -> int:
+        """Random numbers follow from what is done, never from the order or the place in which it is done."""
+        text = repr((*what, self.settings["seed"]))
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+        reseed(seed, self.model)
+        return seed
 
     def search_precision(self):
         """The precision of attacks: with --bf16, bfloat16 inside the networks, float32 for logits and losses."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
     def find_path(self, name: str, start: int) -> Path:
-        return self.folder / f"{name}-{start:06d}.npz"
+        return self.folder / "work" / self.name / f"{name}-{start:06d}.npz"
 
-    def do_once(self, work: Callable, name: str, start: int, *inputs) -> dict[str, np.ndarray]:
-        """The arrays that work(self, name, start, *inputs) returns: read where their file exists, else made and
-        kept."""
+    def do_once(self, name: str, start: int, work: Callable) -> dict[str, np.ndarray]:
+        """The arrays that work() returns: read where their file exists, else made and kept."""
         path = self.find_path(name, start)
         if path.is_file():
             return datasets.load_npz(path)
-        values = work(self, name, start, *inputs) | {"environment": json.dumps(describe_environment(self.device))}
-        arrays = {key: v.cpu().numpy() if isinstance(v, torch.Tensor) else np.array(v) for key, v in values.items()}
+        arrays = {"environment": np.array([describe_environment(self.device)])}
+        for key, value in work().items():
+            arrays[key] = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.array(value)
         datasets.write_npz(path, **arrays)
         return arrays
 
 
-def describe_environment(device: torch.device) -> dict:
-    """The machine and the software under which a file was made."""
-    found = {"device": platform.machine(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
-    found |= {"torch": torch.__version__, "python": platform.python_version()}
+def describe_environment(device: torch.device) -> str:
+    """The machine, the software and the day."""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        found |= {"device": torch.cuda.get_device_name(device), "tf32": torch.backends.cudnn.allow_tf32}
-    return found
+        machine = f"{torch.cuda.get_device_name(device)}, TF32 {torch.backends.cudnn.allow_tf32}"
+    return f"{machine}, torch {torch.__version__}, python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
 
 
 # --------------------------------------------------------------------------------------------------------- the audit
@@ -377,77 +383,75 @@ def find_missing_gradients(f: Callable, x: torch.Tensor, y: torch.Tensor) -> tup
     with torch.no_grad():
         logits = f(x)
     gradients = torch.stack([objective(f, y, loss)(x)[1].flatten(1) for loss in (*LOSSES, margin)])
-    finite, zero = gradients.isfinite().all(2).all(0), (gradients == 0).all(2).all(0)
     faults = {
         "outputs that are not finite": ~logits.isfinite().all(1),
-        "gradients that are not finite": ~finite,
-        "gradients of exactly zero": zero & (logits.argmax(1) == y),
+        "gradients that are not finite": ~gradients.isfinite().all(2).all(0),
+        "gradients of exactly zero": (gradients == 0).all(2).all(0) & (logits.argmax(1) == y),
     }
     return faults, gradients[-1].view_as(x).nan_to_num()
 
 
-def find_unexplained(e: Evaluation, start, end, y: torch.Tensor, seed: int, by_majority=False) -> torch.Tensor:
-    """Of which pictures the gradients do not explain how the answer changes from start to end, (B,) bool.
+def find_unexplained(e: Evaluation, begin, end, y: torch.Tensor, seed: int, by_majority=False) -> torch.Tensor:
+    """Of which pictures the gradients do not explain how the answer changes from begin to end, (B,) bool.
 
     A picture whose error is above 0.2 is looked at again with more points: an honest error shrinks. Measured on digits:
     honest models stay below that, and most pictures of masked ones lie above 0.3 (RESULTS.md). by_majority: single
     pictures count only where most others agree."""
-    seen = e.see(e.view, min(e.settings["samples"], 2))  # two members tell enough
+    seen = e.see_view()
+    seen.samples = min(seen.samples, 2)  # two members tell enough
     tolerated = len(y) // 2 if by_majority else 0
     errors = torch.full((len(y),), torch.inf, device=y.device)
     for points in (8, 32, 128):
         again = (errors > 0.2).nonzero().squeeze(1)
         if len(again) > tolerated:
-            f = hold_noise(seen, start[again], seed)
-            errors[again] = measure_slope_error(f, start[again], end[again], y[again], points)
+            f = hold_noise(seen, begin[again], seed)
+            errors[again] = measure_slope_error(f, begin[again], end[again], y[again], points)
     found = errors > 0.2
     return found if found.sum() > tolerated else torch.zeros_like(found)
 
 
-def find_unexplained_in_each_precision(e: Evaluation, start, end, y: torch.Tensor, seed: int) -> torch.Tensor:
+def find_unexplained_in_each_precision(e: Evaluation, begin, end, y: torch.Tensor, seed: int) -> torch.Tensor:
     """`find_unexplained` in float32; with --bf16 in bfloat16, too, where rounding hides single pictures."""
-    found = find_unexplained(e, start, end, y, seed)
+    found = find_unexplained(e, begin, end, y, seed)
     if e.settings["bf16"]:
         with e.search_precision():
-            found = found | find_unexplained(e, start, end, y, seed, by_majority=True)
+            found = found | find_unexplained(e, begin, end, y, seed, by_majority=True)
     return found
 
 
 UNEXPLAINED = "gradients that do not explain how the answer changes"
 
 
-def audit_start(e: Evaluation, name: str, start: int, x: torch.Tensor, y: torch.Tensor) -> dict:
+def audit_start(e: Evaluation, start: int, x: torch.Tensor, y: torch.Tensor) -> dict:
     """The audit where attacks begin, at a random point of the ball. Fault -> (B,) bool; and the answers to the clean
     pictures, which `audit_end` compares.
 
     Two ways lead from that point: to the corner of the ball that the gradient points to, and to a random one. On the
     second way changes nearly cancel, so that single pictures of an honest model go wrong."""
-    e.reseed(name, start)
-    seed = torch.initial_seed()
+    seed = e.reseed_for("audit-start", start)
     with torch.no_grad():
-        answers = hold_noise(e.see(e.decide), x, seed)(x)
+        answers = hold_noise(e.see_decision(), x, seed)(x)
     eps = max(e.settings["eps"], 1 / 255)
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     point = low + (high - low) * torch.rand_like(x)
     random_corner = torch.where(torch.rand_like(x) < 0.5, low, high)
 
     with e.search_precision():
-        faults, gradient = find_missing_gradients(hold_noise(e.see(e.view), point, seed), point, y)
+        faults, gradient = find_missing_gradients(hold_noise(e.see_view(), point, seed), point, y)
     uphill = torch.where(gradient > 0, high, torch.where(gradient < 0, low, point))
     unexplained = find_unexplained_in_each_precision(e, point, uphill, y, seed)
     unexplained |= find_unexplained(e, point, random_corner, y, seed, by_majority=True)
     return faults | {UNEXPLAINED: unexplained, "answers": answers}
 
 
-def audit_end(e: Evaluation, name: str, start: int, x, y, worst: torch.Tensor, answers: np.ndarray) -> dict:
+def audit_end(e: Evaluation, start: int, x, y, worst: torch.Tensor, answers: np.ndarray) -> dict:
     """The audit where attacks ended, and on the way there. And the clean pictures once more, under the noise of
     `answers` (B, K): a model that remembers may answer otherwise by now. Fault -> (B,) bool."""
-    e.reseed("audit-start", start)
-    seed = torch.initial_seed()
+    seed = e.reseed_for("audit-start", start)
     with e.search_precision():
-        faults, _ = find_missing_gradients(hold_noise(e.see(e.view), worst, seed), worst, y)
+        faults, _ = find_missing_gradients(hold_noise(e.see_view(), worst, seed), worst, y)
     with torch.no_grad():
-        now = hold_noise(e.see(e.decide), x, seed)(x)
+        now = hold_noise(e.see_decision(), x, seed)(x)
     before = torch.from_numpy(answers).to(now)
     changed = (now - before).abs().amax(1) > 0.01 * before.abs().amax(1)
     return faults | {
@@ -456,56 +460,13 @@ def audit_end(e: Evaluation, name: str, start: int, x, y, worst: torch.Tensor, a
     }
 
 
-# --------------------------------------------------------------------------------------------------------- one chunk
+# ------------------------------------------------------------------------------------------------------- the chunks
 
 
-def evaluate_chunk(e: Evaluation, start: int) -> dict[str, dict[str, np.ndarray]]:
-    """All work on the chunk that begins at picture `start`: name -> arrays. First the audit, then the attacks in order,
-    the audit where they ended, and each picture's worst on fresh draws."""
-    rows = slice(start, start + e.settings["chunk"])
-    x, y = datasets.pixels(e.images[rows].to(e.device)), e.labels[rows].to(e.device)
-    done = {"audit-start": e.do_once(audit_start, "audit-start", start, x, y)}
-    standing = torch.ones(len(x), dtype=torch.bool, device=e.device)
-    for name in e.attacks:
-        done[name] = e.do_once(run_attack, name, start, x, y, standing)
-        if e.settings["cascade"] and name != "noise":  # the control is no attack: it takes nothing
-            standing = standing & torch.from_numpy(done[name]["select"] > 0).to(e.device)
-    worst = find_worst([done[name] for name in sorted(e.attacks, key=lambda name: name in CONTROLS)]).to(e.device)
-    answers = done["audit-start"].pop("answers")
-    done["audit-end"] = e.do_once(audit_end, "audit-end", start, x, y, worst, answers)
-    done["worst"] = e.do_once(score_worst, "worst", start, y, worst)
-    return done
-
-
-def run_attack(e: Evaluation, name: str, start: int, x: torch.Tensor, y: torch.Tensor, standing: torch.Tensor) -> dict:
-    """One attack on the pictures that stand, (B,) bool: find candidates, choose each picture's worst, score it anew."""
-    seen, judge, began = e.see(e.view), e.see(e.decide), time.time()
-    clean, labels = x[standing], y[standing]
-    candidates = clean[None]
-    e.reseed("attack", name, start)
-    if standing.any():
-        with e.search_precision():
-            candidates = e.attacks[name].run(seen, clean, labels, e.settings)
-        if not is_allowed(candidates, clean, e.settings["eps"]):
-            raise RuntimeError(f"attack {name} left the eps-ball or [0, 1]: this is a fault of the attack")
-
-    e.reseed("select", start)
-    z = judge.draw(x, e.settings["select"])  # the same noise for all candidates of a picture, whatever found them
-    z = None if z is None else z[standing]
-    shares = [score(judge, candidate, labels, e.settings["select"], z).float().mean(1) for candidate in candidates]
-    share, chosen = torch.stack(shares).min(0)  # (B standing,)
-    found = candidates[chosen, torch.arange(len(chosen))]
-
-    e.reseed("score", name, start)
-    fresh = score(judge, found, labels, e.settings["draws"])
-    adversarial, select = x.clone(), torch.ones(len(x), device=x.device)
-    right = torch.zeros(len(x), e.settings["draws"], dtype=torch.bool, device=x.device)
-    adversarial[standing], select[standing], right[standing] = found, share, fresh
-    seconds = time.time() - began
-    say(f"{e.name:>10} {name:>15}  pictures {start} to {start + len(x) - 1}  right {right.float().mean():6.1%}  "
-        f"{seconds:.0f} s")  # fmt: skip
-    arrays = dict(adversarial=adversarial, select=select, right=right, attacked=standing, seconds=seconds)
-    return arrays | seen.count
+def say(text: str) -> None:
+    """One process speaks for all."""
+    if read_ranks()[0] == 0:
+        print(text, flush=True)
 
 
 def is_allowed(candidates: torch.Tensor, x: torch.Tensor, eps: float) -> bool:
@@ -513,20 +474,96 @@ def is_allowed(candidates: torch.Tensor, x: torch.Tensor, eps: float) -> bool:
     return bool((((candidates - x).abs() <= eps + 1e-5) & (candidates >= 0) & (candidates <= 1)).all())
 
 
-def find_worst(attacks: list[dict]) -> torch.Tensor:
-    """Each picture's worst over all attacks' arrays, (B, C, H, W): the least share in the selection. Among equals the
-    first attack counts."""
-    least = np.where([a["attacked"] for a in attacks], [a["select"] for a in attacks], np.inf).argmin(0)
-    return torch.from_numpy(np.stack([attacks[k]["adversarial"][i] for i, k in enumerate(least)]))
+def run_attack(e: Evaluation, name: str, start: int, x: torch.Tensor, y: torch.Tensor, standing: torch.Tensor) -> dict:
+    """One attack on the pictures that stand, (B,) bool: find candidates, choose each picture's worst, score it anew."""
+    began = time.time()
+    view, decision = e.see_view(), e.see_decision()
+    adversarial = x.clone()
+    select = torch.ones(len(x), device=x.device)  # the share of the selection's draws that was right
+    right = torch.zeros(len(x), e.settings["draws"], dtype=torch.bool, device=x.device)
+
+    if standing.any():
+        clean, labels = x[standing], y[standing]
+        e.reseed_for("attack", name, start)
+        with e.search_precision():
+            candidates = e.attacks[name].run(view, clean, labels, e.settings)
+        if not is_allowed(candidates, clean, e.settings["eps"]):
+            raise RuntimeError(f"attack {name} left the eps-ball or [0, 1]: this is a fault of the attack")
+
+        e.reseed_for("select", start)  # the same noise for all candidates of a picture, whatever found them
+        z = decision.draw(x, e.settings["select"])
+        z = None if z is None else z[standing]
+        shares = [score(decision, found, labels, e.settings["select"], z).float().mean(1) for found in candidates]
+        select[standing], chosen = torch.stack(shares).min(0)
+        adversarial[standing] = candidates[chosen, torch.arange(len(chosen))]
+
+        e.reseed_for("score", name, start)
+        right[standing] = score(decision, adversarial[standing], labels, e.settings["draws"])
+
+    seconds = time.time() - began
+    say(f"{e.name:>10} {name:>15}  pictures {start} to {start + len(x) - 1}  right {right.float().mean():6.1%}  "
+        f"{seconds:.0f} s")  # fmt: skip
+    found = {"adversarial": adversarial, "select": select, "right": right, "attacked": standing, "seconds": seconds}
+    return found | view.count
 
 
-def score_worst(e: Evaluation, name: str, start: int, y: torch.Tensor, worst: torch.Tensor) -> dict:
-    """The chunk's last file: each picture's worst on fresh draws."""
-    e.reseed("final", start)
-    return {"adversarial": worst, "right": score(e.see(e.decide), worst, y, e.settings["draws"])}
+def score_worst(e: Evaluation, start: int, y: torch.Tensor, attacked: dict[str, dict]) -> dict:
+    """Each picture's worst over all attacks, the least share in the selection, on fresh draws. Among equals the first
+    attack counts, and controls come last."""
+    attacks = [attacked[name] for name in sorted(attacked, key=lambda name: name in CONTROLS)]
+    select = np.where([a["attacked"] for a in attacks], [a["select"] for a in attacks], np.inf)  # (attacks, B)
+    adversarial = np.stack([a["adversarial"] for a in attacks])[select.argmin(0), np.arange(len(y))]
+    e.reseed_for("final", start)
+    right = score(e.see_decision(), torch.from_numpy(adversarial).to(e.device), y, e.settings["draws"])
+    return {"adversarial": adversarial, "select": select.min(0), "right": right, "attacked": np.ones(len(y), bool)}
+
+
+def evaluate_chunk(e: Evaluation, start: int) -> None:
+    """All work on the chunk that begins at picture `start`: the audit where attacks begin, the attacks in order, each
+    picture's worst on fresh draws, the audit where the attacks ended."""
+    rows = slice(start, start + e.settings["chunk"])
+    x, y = datasets.pixels(e.images[rows].to(e.device)), e.labels[rows].to(e.device)
+
+    audit = e.do_once("audit-start", start, partial(audit_start, e, start, x, y))
+
+    attacked = {}
+    standing = torch.ones(len(x), dtype=torch.bool, device=e.device)
+    for name in e.attacks:
+        attacked[name] = e.do_once(name, start, partial(run_attack, e, name, start, x, y, standing))
+        if e.settings["cascade"] and name != "noise":  # the control is no attack: it takes nothing
+            standing = standing & torch.from_numpy(attacked[name]["select"] > 0).to(e.device)
+
+    worst = e.do_once("worst", start, partial(score_worst, e, start, y, attacked))
+    ends = torch.from_numpy(worst["adversarial"]).to(e.device)
+    e.do_once("audit-end", start, partial(audit_end, e, start, x, y, ends, audit["answers"]))
+
+
+def run_chunks(evaluations: list[Evaluation]) -> bool:
+    """Every n-th chunk, for process r of n. True if all chunks of all processes are finished."""
+    rank, count = read_ranks()
+    mine = evaluations[0].starts[rank::count]
+    began = time.monotonic()
+    for done, start in enumerate(mine, 1):
+        for e in evaluations:
+            evaluate_chunk(e, start)
+        say(f"about {(time.monotonic() - began) / done * (len(mine) - done):.0f} s left")
+    paths = [e.find_path(name, start) for e in evaluations for name in e.work_names for start in e.starts]
+    return all(path.is_file() for path in paths)
 
 
 # ------------------------------------------------------------------------------------------------- numbers of one model
+
+
+def gather(e: Evaluation) -> dict[str, dict]:
+    """All files in one: name of the work -> its arrays over the pictures of all chunks; counts are summed."""
+    table = {}
+    for name in e.work_names:
+        chunks = [datasets.load_npz(e.find_path(name, start)) for start in e.starts]
+        table[name] = {}
+        for key in chunks[0]:
+            values = [chunk[key] for chunk in chunks]
+            table[name][key] = np.concatenate(values) if values[0].ndim else sum(map(float, values))
+    return table
 
 
 def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
@@ -539,32 +576,50 @@ def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
 
 def bootstrap_means(difference: np.ndarray, samples: int = 10_000) -> np.ndarray:
     """Means of a difference (n,) over pictures that are resampled, (samples,): their quantiles are an interval."""
-    rng, n = np.random.default_rng(0), len(difference)
+    n = len(difference)
+    rng = np.random.default_rng(0)
     return np.array([difference[rng.integers(0, n, n)].mean() for _ in range(samples)])
 
 
-def gather(e: Evaluation) -> dict[str, dict]:
-    """name -> all chunks' arrays over the pictures, in one; counts are summed. All work is done: the files are read."""
-    chunks = [evaluate_chunk(e, start) for start in e.starts]
-    table = {}
-    for name in chunks[0]:
-        table[name] = {}
-        for key in chunks[0][name].keys() - {"environment"}:
-            values = [chunk[name][key] for chunk in chunks]
-            table[name][key] = np.concatenate(values) if values[0].ndim else sum(map(float, values))
-        table[name]["environment"] = {str(chunk[name]["environment"]) for chunk in chunks}
-    attacks = [table[name] for name in e.attacks]
-    table["worst"]["select"] = np.min([np.where(a["attacked"], a["select"], 1.0) for a in attacks], axis=0)
-    table["worst"]["attacked"] = np.any([a["attacked"] for a in attacks], axis=0)
-    return table
+def summarise(right: np.ndarray) -> dict:
+    """Of the pictures' draws, (n, E) bool: the accuracy, its interval, and the share that all draws get right."""
+    mean = float(right.mean())
+    return {"accuracy": mean, "interval": wilson(mean, len(right)), "worst_draw": float(right.all(1).mean())}
+
+
+def summarise_model(e: Evaluation, table: dict[str, dict]) -> dict:
+    """One model's part of report.json."""
+    attacks = {}
+    for name, attack in e.attacks.items():
+        if name in CONTROLS:
+            continue
+        a = table[name]
+        attacks[name] = summarise(a["right"]) | {
+            "target": e.name,
+            "standing": int(a["attacked"].sum()),
+            "steps": e.settings[attack.steps],
+            "eot": e.settings["eot"] if attack.eot else 1,
+            "nonfinite_gradients": a["nonfinite"] / max(a["gradients"], 1),
+            "zero_gradients": a["zero"] / max(a["gradients"], 1),
+            "seconds": a["seconds"],
+        }
+    worst = table["worst"]
+    return {
+        "clean": summarise(table["clean"]["right"]),
+        "noise": summarise(table["noise"]["right"]),
+        "attacks": attacks,
+        # A noisy choice of the worst flatters the fresh score; the score that chose is too low.
+        "robust": summarise(worst["right"]) | {"least": float(min(worst["select"].mean(), worst["right"].mean()))},
+    }
 
 
 def find_faults(e: Evaluation, table: dict[str, dict]) -> list[str]:
     """Sentences on all that makes the audit of this model fail."""
     messages = []
     for name, where in (("audit-start", "where the attacks begin"), ("audit-end", "where the attacks ended")):
-        for fault, pictures in sorted(table[name].items()):
-            if fault != "environment" and pictures.any():
+        faults = {key: values for key, values in table[name].items() if values.dtype == bool}  # not what is kept beside
+        for fault, pictures in sorted(faults.items()):
+            if pictures.any():
                 messages.append(f"{e.name}: {int(pictures.sum())} of {len(pictures)} pictures have {fault}, {where}")
     for name in e.attacks:
         a = table[name]
@@ -575,150 +630,64 @@ def find_faults(e: Evaluation, table: dict[str, dict]) -> list[str]:
     return messages
 
 
-def summarise(right: np.ndarray) -> dict:
-    """Of the pictures' draws, (n, E) bool: the accuracy, its interval, and the share that all draws get right."""
-    mean = float(right.mean())
-    return {"accuracy": mean, "interval": wilson(mean, len(right)), "worst_draw": float(right.all(1).mean())}
-
-
-def summarise_attack(e: Evaluation, name: str, a: dict) -> dict:
-    standing, gradients = int(a["attacked"].sum()), max(a["gradients"], 1)
-    return summarise(a["right"]) | {
-        "target": e.name,
-        "standing": standing,
-        "steps": e.settings[e.attacks[name].steps],
-        "eot": e.settings["eot"] if e.attacks[name].eot else 1,
-        "nonfinite_gradients": a["nonfinite"] / gradients,
-        "zero_gradients": a["zero"] / gradients,
-        "passes_per_picture": a["pictures"] / max(standing, 1),
-        "seconds": a["seconds"],
-    }
-
-
-def summarise_model(e: Evaluation, table: dict[str, dict]) -> dict:
-    """What report.json says of one model."""
-    select, fresh = table["worst"]["select"].mean(), table["worst"]["right"].mean()
-    return {
-        "clean": summarise(table["clean"]["right"]),
-        "noise": summarise(table["noise"]["right"]),
-        "attacks": {name: summarise_attack(e, name, table[name]) for name in e.attacks if name not in CONTROLS},
-        # A noisy choice of the worst flatters the fresh score; the score that chose is too low.
-        "robust": summarise(table["worst"]["right"]) | {"least": float(min(select, fresh))},
-    }
-
-
 # --------------------------------------------------------------------------------------------- the report on all models
 
 
-def write_report(evaluations: list[Evaluation], about: dict, numbers: list[int], judge=find_faults) -> dict:
-    """report.json, report.md, rows.tsv and samples.png, beside the models' folders. Returns what report.json holds.
-
-    about: "checkpoint", "dataset" and "notes". numbers: the user's number of each picture. The last model is the one
-    that is reported, and the first of two is what it is compared with."""
-    tables = {e.name: gather(e) for e in evaluations}
-    models = {e.name: summarise_model(e, tables[e.name]) for e in evaluations}
-    faults = [fault for e in evaluations for fault in judge(e, tables[e.name])]
-    e, worst = evaluations[-1], tables[evaluations[-1].name]["worst"]["right"].mean(1)
-    clean, labels = tables[e.name]["clean"]["right"].mean(1), e.labels.numpy()
-    by_class = {k: labels == k for k in np.unique(labels).tolist()}
-    result = about | {"model": e.name, "n": len(labels), "eps": e.settings["eps"], "samples": e.settings["samples"]}
-    result |= models[e.name] | {
-        "models": models,
-        "attacks": {name: a for model in models.values() for name, a in model["attacks"].items()},
-        "commonest_class": max(float(of.mean()) for of in by_class.values()),
-        "class_clean": {k: float(clean[of].mean()) for k, of in by_class.items()},
-        "class_robust": {k: float(worst[of].mean()) for k, of in by_class.items()},
-        "audit": {"passed": not faults, "messages": faults},
-        "config": e.settings,
-        "environment": merge_environments(tables),
-    }
-    if len(evaluations) == 2 and models["classifier"]["attacks"]:
-        difference = worst - tables["classifier"]["worst"]["right"].mean(1)
-        interval = np.quantile(bootstrap_means(difference), [0.025, 0.975]).tolist()
-        result["to_classifier"] = {"difference": float(difference.mean()), "interval": interval}
-    folder = e.folder.parents[1]
-    datasets.write_text(folder / "report.json", json.dumps(result, indent=1))
-    datasets.write_text(folder / "report.md", format_report(result))
-    datasets.write_text(folder / "rows.tsv", format_rows(evaluations, tables, numbers))
-    draw_samples(e, folder / "samples.png")
-    return result
-
-
-def merge_environments(tables: dict) -> dict:
-    """Machine and software of all finished files; "mixed" where they differ."""
-    texts = set().union(*(part["environment"] for table in tables.values() for part in table.values()))
-    found = [json.loads(text) for text in sorted(texts)]
-    values = {key: sorted({str(one.get(key)) for one in found}) for key in found[0]}
-    return {key: some[0] if len(some) == 1 else f"mixed ({', '.join(some)})" for key, some in values.items()}
-
-
-def format_percent(part: dict) -> str:
-    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in (part["accuracy"], *part["interval"])))
+def format_table(models: dict[str, dict]) -> list[str]:
+    lines = ["| model | attack | accuracy | every draw right | steps x draws | attacked | seconds |", "|---" * 7 + "|"]
+    for model, part in models.items():
+        rows = {"none": part["clean"], "uniform noise": part["noise"]} | part["attacks"]
+        for attack, row in (rows | {"**worst of all**": part["robust"]}).items():
+            low, high = (100 * bound for bound in row["interval"])
+            cells = [model, attack, f"{100 * row['accuracy']:.1f} ({low:.1f} to {high:.1f})"]
+            cells += [f"{100 * row['worst_draw']:.1f}", "", "", ""]
+            if "steps" in row:
+                cells[4:] = f"{row['steps']} x {row['eot']}", str(row["standing"]), f"{row['seconds']:.0f}"
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def format_report(r: dict) -> str:
     """report.md: warnings, the table, the audit, the meaning of it."""
-    least, robust, commonest = (100 * v for v in (r["robust"]["least"], r["robust"]["accuracy"], r["commonest_class"]))
+    passed = r["audit"]["passed"]
+    config = r["config"]
     lines = [f"# {r['checkpoint']} on {r['dataset']}: eps {format_eps(r['eps'])}, S = {r['samples']}, n = {r['n']}", ""]
-    if not r["audit"]["passed"]:
+    if not passed:
         lines += ["**The audit failed**: these numbers are upper bounds, and robustness may be far lower.", ""]
     if r["clean"]["accuracy"] <= r["commonest_class"]:
-        lines += [f"**No better than always answering the commonest class ({commonest:.1f} %)**: are these the "
-                  "pictures that the model expects, and its classes in this order?", ""]  # fmt: skip
-    if is_reduced(r["config"]):
+        lines += [f"**No better than always answering the commonest class ({100 * r['commonest_class']:.1f} %)**: are "
+                  "these the pictures that the model expects, and its classes in this order?", ""]  # fmt: skip
+    if is_reduced(config):
         lines += ["**Reduced budget**: upper bounds, not benchmark numbers.", ""]
-    lines += ["| model | attack | accuracy | every draw right | steps x draws | attacked | seconds |", "|---" * 7 + "|"]
-    for model, part in r["models"].items():
-        rows = {"none": part["clean"], "uniform noise": part["noise"], **part["attacks"]}
-        for attack, row in (rows | {"**worst of all**": part["robust"]}).items():
-            cells = [model, attack, format_percent(row), f"{100 * row['worst_draw']:.1f}", "", "", ""]
-            if "steps" in row:
-                cells[4:] = f"{row['steps']} x {row['eot']}", str(row["standing"]), f"{row['seconds']:.0f}"
-            lines.append("| " + " | ".join(cells) + " |")
+    lines += format_table(r["models"])
     lines += ["", "Accuracy: in %, the expectation over fresh draws of the noise, with a 95 % interval over pictures."]
+    least, robust = 100 * r["robust"]["least"], 100 * r["robust"]["accuracy"]
     if robust - least >= 0.05:
         lines.append(f"The worst is chosen on noisy draws: the true value lies between {least:.1f} and {robust:.1f}.")
-    if len(r["class_clean"]) < r["config"]["classes"] or commonest > 150 / len(r["class_clean"]):
-        means = (100 * np.mean([*r[key].values()]) for key in ("class_clean", "class_robust"))
-        lines.append("Classes: {} of {} are among the pictures, the commonest with {:.1f} %; mean over classes: clean "
-                     "{:.1f}, worst of all {:.1f}.".format(len(r["class_clean"]), r["config"]["classes"], commonest,
-                                                          *means))  # fmt: skip
-    lines += ["", "Audit: passed on every picture." if r["audit"]["passed"] else "Audit: **failed**.", ""]
+    lines += ["", "Audit: passed on every picture." if passed else "Audit: **failed**."]
     lines += [f"- {message}" for message in r["audit"]["messages"]]
     lines += [f"- note: {note}" for note in r["notes"]]
-    machine = ", ".join(f"{name} {value}" for name, value in r["environment"].items())
-    asked = f"Decision: {r['config']['aggregation']}; attacks see: {r['config']['view'] or 'the decision'}"
-    asked += f"{', in bfloat16' if r['config']['bf16'] else ''}; seed {r['config']['seed']}"
-    return "\n".join([*lines, "", explain(r), "", f"{asked}; {machine}.", ""])
+    if passed:
+        lines += ["", explain(r)]
+    precision = ", in bfloat16" if config["bf16"] else ""
+    lines += ["", f"Decision: {config['aggregation']}; attacks see: {config['view'] or 'the decision'}{precision}; "
+              f"seed {config['seed']}; {'; '.join(r['environment'])}."]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def explain(r: dict) -> str:
-    """The meaning of the table, in a sentence."""
-    if not r["audit"]["passed"]:
-        return "Through such gradients an accuracy says little: what was found is found, what was not may be there."
+    """The meaning of the table, in a sentence or two."""
     if not r["attacks"]:
         return "Nothing attacked the model: add --attack rand, say."
-    if len(r["models"]) == 1:
-        return (
-            f"The {r['model']} keeps {100 * r['robust']['accuracy']:.1f} % of {r['n']} pictures under its worst attack."
-        )
-    if "to_classifier" not in r:
-        return "No attack on the bare classifier to compare with: add --attack standard."
-    low, high = (100 * value for value in r["to_classifier"]["interval"])
-    difference = 100 * r["to_classifier"]["difference"]
-    flattered = 100 * (r["robust"]["accuracy"] - r["robust"]["least"])  # at most, by a noisy choice of the worst
-    verdict = f"the difference of {difference:+.1f} points ({low:+.1f} to {high:+.1f}) is within chance"
-    if low > flattered:
-        verdict = f"CARSO is more robust, by {difference:.1f} points ({low:.1f} to {high:.1f})"
-    if high < 0:
-        verdict = f"CARSO is less robust, by {-difference:.1f} points ({-high:.1f} to {-low:.1f})"
-    return (
-        f"CARSO keeps {100 * r['robust']['accuracy']:.1f} % of these {r['n']} pictures under its worst attack, its own "
-        f"classifier {100 * r['models']['classifier']['robust']['accuracy']:.1f} %: {verdict}."
-    )
+    text = f"The {r['model']} keeps {100 * r['robust']['accuracy']:.1f} % of {r['n']} pictures under its worst attack."
+    if "to_classifier" in r:
+        low, high = (100 * bound for bound in r["to_classifier"]["interval"])
+        text += f" Its bare classifier keeps {100 * r['models']['classifier']['robust']['accuracy']:.1f} %: the "
+        text += f"difference is {100 * r['to_classifier']['difference']:+.1f} points ({low:+.1f} to {high:+.1f})."
+    return text
 
 
-def format_rows(evaluations: list[Evaluation], tables: dict, numbers: list[int]) -> str:
+def format_rows(evaluations: list[Evaluation], tables: dict, picture_numbers: list[int]) -> str:
     """A line for each model, attack and picture, and one for its worst: right of so many fresh draws, the share that
     was right in the selection."""
     lines = ["picture\tlabel\tmodel\tattack\tattacked\tright\tdraws\tselect"]
@@ -726,23 +695,56 @@ def format_rows(evaluations: list[Evaluation], tables: dict, numbers: list[int])
         for name in (*e.attacks, "worst"):
             a = tables[e.name][name]
             for i, right in enumerate(a["right"]):
-                cells = numbers[i], int(e.labels[i]), e.name, name, int(a["attacked"][i]), right.sum(), len(right)
-                lines.append("\t".join(map(str, cells)) + f"\t{a['select'][i]:.3f}")
+                cells = [picture_numbers[i], int(e.labels[i]), e.name, name, int(a["attacked"][i])]
+                cells += [right.sum(), len(right), f"{a['select'][i]:.3f}"]
+                lines.append("\t".join(map(str, cells)))
     return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()
 def draw_samples(e: Evaluation, path: Path) -> None:
     """samples.png, a row a picture: clean | the worst | their difference, magnified | six reconstructions."""
-    x = datasets.pixels(e.images[: e.settings["chunk"]][:8].to(e.device))
-    adversarial = torch.from_numpy(datasets.load_npz(e.find_path("worst", 0))["adversarial"][: len(x)]).to(x)
+    adversarial = torch.from_numpy(datasets.load_npz(e.find_path("worst", 0))["adversarial"][:8]).to(e.device)
+    x = datasets.pixels(e.images[: len(adversarial)].to(e.device))
     difference = 0.5 + (adversarial - x) / (2 * max(e.settings["eps"], 1e-9))
-    tiles, headings = [x, adversarial, difference.clamp(0, 1)], ["clean", "attacked", "difference"]
+    tiles = [x, adversarial, difference.clamp(0, 1)]
+    headings = ["clean", "attacked", "difference"]
     if hasattr(e.model, "purify"):
         e.model.manual_seed(0)
         tiles += e.model.purify(adversarial, e.model.draw(x, 6)).unbind(1)
-        headings += ["reconstruction"] * (len(tiles) - 3)
+        headings += ["reconstruction"] * 6
     datasets.save_pictures(path, torch.stack(tiles, 1), headings)
+
+
+def write_report(evaluations: list[Evaluation], about: dict, picture_numbers: list[int], judge=find_faults) -> dict:
+    """report.json, report.md, rows.tsv and samples.png. Returns what report.json holds.
+
+    about: "checkpoint", "dataset" and "notes". picture_numbers: as the user counts them. judge: finds a model's faults.
+    The last model is the one that is reported, and the first of two is what it is compared with."""
+    tables = {e.name: gather(e) for e in evaluations}
+    models = {e.name: summarise_model(e, tables[e.name]) for e in evaluations}
+    faults = [fault for e in evaluations for fault in judge(e, tables[e.name])]
+    environments = [work["environment"] for table in tables.values() for work in table.values()]
+    e = evaluations[-1]
+    n = len(e.labels)
+    report = about | {"model": e.name, "n": n, "eps": e.settings["eps"], "samples": e.settings["samples"]}
+    report |= models[e.name] | {
+        "models": models,
+        "attacks": {name: a for model in models.values() for name, a in model["attacks"].items()},
+        "commonest_class": int(e.labels.bincount().max()) / n,
+        "audit": {"passed": not faults, "messages": faults},
+        "config": e.settings,
+        "environment": np.unique(np.concatenate(environments)).tolist(),
+    }
+    if len(evaluations) == 2 and models["classifier"]["attacks"]:
+        defence, classifier = (tables[name]["worst"]["right"].mean(1) for name in ("defence", "classifier"))
+        interval = np.quantile(bootstrap_means(defence - classifier), [0.025, 0.975]).tolist()
+        report["to_classifier"] = {"difference": float((defence - classifier).mean()), "interval": interval}
+    datasets.write_text(e.folder / "report.json", json.dumps(report, indent=1))
+    datasets.write_text(e.folder / "report.md", format_report(report))
+    datasets.write_text(e.folder / "rows.tsv", format_rows(evaluations, tables, picture_numbers))
+    draw_samples(e, e.folder / "samples.png")
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -751,7 +753,8 @@ def draw_samples(e: Evaluation, path: Path) -> None:
 def build_parser(description: str, groups=()) -> argparse.ArgumentParser:
     """groups: names that stand for several attacks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, names = parser.add_argument, [*ATTACKS, *groups]
+    add = parser.add_argument
+    names = [*ATTACKS, *groups]
     add("--ckpt", help="a carso.pt; or, with --dataset, a file of a classifier's weights")
     add("--published", choices=PUBLISHED, help="the CARSO authors' released defence, fetched")
     add("--attack", nargs="+", choices=names, metavar="NAME", help=f"any of {', '.join(names)} "
@@ -773,8 +776,9 @@ def build_parser(description: str, groups=()) -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     group = parser.add_argument_group("budget", "every number of it can be overridden")
     for name, (paper, reduced, meaning) in NUMBERS.items():
-        options = ["--" + name.replace("_", "-")] + ["--n"] * (name == "pictures")
-        kind, text = parse_eps if isinstance(paper, float) else int, f"{meaning} (paper {paper}, reduced {reduced})"
+        options = ["--pictures", "--n"] if name == "pictures" else ["--" + name.replace("_", "-")]
+        kind = parse_eps if isinstance(paper, float) else int
+        text = f"{meaning} (paper {paper}, reduced {reduced})"
         group.add_argument(*options, dest=name, type=kind, metavar="NUMBER", help=text)
     return parser
 
@@ -791,9 +795,10 @@ def load_model(args, device: torch.device, load=load_carso) -> tuple[nn.Module, 
     path = Path(args.ckpt).expanduser()
     if is_carso(path):
         model, state = load(path, device)
-        name = args.dataset or state.get("dataset")
     else:
-        model, state, name = None, {"fingerprint": load_tensors(path).get("fingerprint")}, args.dataset
+        model = None  # its size follows from the data
+        state = {"fingerprint": load_tensors(path).get("fingerprint")}
+    name = args.dataset or state.get("dataset")
     if name is None:
         raise ValueError(f"{path} does not say what it was trained on: add --dataset")
     if not args.dataset and name not in datasets.NAMES and not Path(name).exists():
@@ -817,37 +822,46 @@ def load_authors_defence(name: str, data_dir: str, device: torch.device) -> tupl
     return model.requires_grad_(False), data, {}, Path("runs") / f"published-{name}" / "authors"
 
 
-def choose_numbers(args: argparse.Namespace, model: nn.Module, state: dict, data: datasets.Dataset) -> dict:
-    """The budget, eps and S that the command line asks for. Raises ValueError for a number that makes no sense."""
-    given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
-    numbers = BUDGETS[args.budget or ("reduced" if data.name == "digits" else "paper")] | given
-    for name, value in (numbers | {"limit": args.limit}).items():
-        if value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not positive")
-    numbers["eps"] = state.get("config", {}).get("eps", 8 / 255) if args.eps is None else args.eps
-    numbers["samples"] = getattr(model, "samples", 1) if args.samples is None else args.samples
-    if not 0 <= numbers["eps"] <= 1:
-        raise ValueError(f"--eps {numbers['eps']:g} is no distance between pixels in [0, 1]: write 8/255, say")
-    if numbers["samples"] < 0:
-        raise ValueError(f"--samples {numbers['samples']} is not 0 or more")
-    return numbers | {"pictures": min(numbers["pictures"], len(data.test_labels))}
+def find_notes(data: datasets.Dataset, state: dict, source: Path) -> list[str]:
+    """What the loader says of the pictures, and whether the checkpoint was trained on other ones than those at hand."""
+    notes = list(data.notes)
+    trained_on = state.get("fingerprint")
+    if trained_on and len(data.train_labels):
+        if trained_on != datasets.fingerprint(data.train_images, data.train_labels, data.classes):
+            notes.append(f"{source} was trained on other pictures than the training split of {data.name}: were these "
+                         "test pictures among them?")  # fmt: skip
+    return notes
 
 
 def choose_settings(args, model: nn.Module, state: dict, data: datasets.Dataset, weights: str | None = None) -> dict:
     """All that the evaluation's results depend on. weights: what identifies the model (default: a hash of its
-    weights). Raises ValueError."""
-    numbers = choose_numbers(args, model, state, data)
-    usual = ["standard", "rand"] if hasattr(model, "purifier") else ["standard"]
-    pictures = slice(numbers["pictures"])
-    return numbers | {
+    weights). Raises ValueError for a number that makes no sense."""
+    given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
+    settings = BUDGETS[args.budget or ("reduced" if data.name == "digits" else "paper")] | given
+    for name, value in (settings | {"limit": args.limit}).items():
+        if value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not positive")
+    settings["pictures"] = min(settings["pictures"], len(data.test_labels))
+
+    eps = state.get("config", {}).get("eps", 8 / 255) if args.eps is None else args.eps
+    if not 0 <= eps <= 1:
+        raise ValueError(f"--eps {eps:g} is no distance between pixels in [0, 1]: write 8/255, say")
+    samples = getattr(model, "samples", 1) if args.samples is None else args.samples
+    if samples < 0:
+        raise ValueError(f"--samples {samples} is not 0 or more")
+
+    normalisation = None
+    if isinstance(model, WideResNet):  # it may not be among a bare classifier's weights
+        normalisation = [list(model.config["mean"]), list(model.config["std"])]
+    asked = args.attack or (["standard", "rand"] if hasattr(model, "purifier") else ["standard"])
+    pictures = slice(settings["pictures"])
+    return settings | {
+        "eps": eps,
+        "samples": samples,
         "weights": weights or hash_weights(model),
-        # The normalisation of a bare classifier may not be among its weights.
-        "normalisation": [list(model.config[key]) for key in ("mean", "std")]
-        if isinstance(model, WideResNet)
-        else None,
+        "normalisation": normalisation,
         "data": datasets.fingerprint(data.test_images[pictures], data.test_labels[pictures], data.classes),
-        "classes": len(data.classes),
-        "attacks": [name for name in ATTACKS if name in (*CONTROLS, *(args.attack or usual))],
+        "attacks": [name for name in ATTACKS if name in (*CONTROLS, *asked)],
         "cascade": not args.no_cascade,
         "aggregation": args.aggregation,
         "view": args.view,
@@ -871,55 +885,32 @@ ONE_DRAW = {"eot": 1, "select": 1, "draws": 1}  # tells all about a deterministi
 
 def build_evaluations(model: nn.Module, data, settings: dict, folder: Path, device, limit: int) -> list[Evaluation]:
     """Two of a CARSO, its bare classifier first; one of any other model."""
-    chosen = {name: ATTACKS[name] for name in settings["attacks"]}
-    pictures, place, once = slice(settings["pictures"]), folder / "work", settings | ONE_DRAW
-    build = partial(Evaluation, images=data.test_images[pictures], labels=data.test_labels[pictures], device=device,
-                    limit=limit)  # fmt: skip
+    n = settings["pictures"]
+    one_draw = settings | ONE_DRAW
+    attacks = {name: ATTACKS[name] for name in settings["attacks"]}
+
+    def build(name, model, attacks, settings):
+        images, labels = data.test_images[:n], data.test_labels[:n]
+        return Evaluation(name, model, images, labels, attacks, settings, folder, device, limit)
+
+    if isinstance(model, WideResNet):
+        return [build("classifier", model, attacks, one_draw)]
     if not hasattr(model, "purifier"):
-        is_known = isinstance(model, WideResNet)
-        name, used = ("classifier", once) if is_known else ("model", settings)
-        return [build(name, model, attacks=chosen, settings=used, folder=place / name)]
+        return [build("model", model, attacks, settings)]
     model.samples = settings["samples"]
-    of_classifier = {k: a for k, a in chosen.items() if k in CONTROLS or a.on == "classifier"}
-    of_defence = {k: a for k, a in chosen.items() if k in CONTROLS or a.on == "defence"}
-    used = settings if model.samples else once
+    on_classifier = {name: attack for name, attack in attacks.items() if "classifier" in attack.on}
+    on_defence = {name: attack for name, attack in attacks.items() if "defence" in attack.on}
     return [
-        build("classifier", model.classifier, attacks=of_classifier, settings=once, folder=place / "classifier"),
-        build("defence", model, attacks=of_defence, settings=used, folder=place / "defence"),
+        build("classifier", model.classifier, on_classifier, one_draw),
+        build("defence", model, on_defence, settings if model.samples else one_draw),
     ]
 
 
-def say(text: str) -> None:
-    """One process speaks for all."""
-    if read_ranks()[0] == 0:
-        print(text, flush=True)
-
-
-def run_chunks(evaluations: list[Evaluation]) -> bool:
-    """Every n-th chunk, for process r of n. True if all chunks of all processes are finished."""
-    rank, count = read_ranks()
-    mine, began = evaluations[0].starts[rank::count], time.monotonic()
-    for done, start in enumerate(mine, 1):
-        for e in evaluations:
-            evaluate_chunk(e, start)
-        say(f"about {(time.monotonic() - began) / done * (len(mine) - done):.0f} s left")
-    return all(e.find_path("worst", start).is_file() for e in evaluations for start in e.starts)
-
-
-def find_notes(data: datasets.Dataset, state: dict, source: Path) -> list[str]:
-    """What the loader says of the pictures, and whether the checkpoint was trained on other ones than those at hand."""
-    notes, trained_on = list(data.notes), state.get("fingerprint")
-    if trained_on and len(data.train_labels):
-        if trained_on != datasets.fingerprint(data.train_images, data.train_labels, data.classes):
-            notes.append(f"{source} was trained on other pictures than the training split of {data.name}: were these "
-                         "test pictures among them?")  # fmt: skip
-    return notes
-
-
-def run(evaluations: list[Evaluation], about: dict, numbers: list[int], judge=find_faults) -> int:
+def run(evaluations: list[Evaluation], about: dict, picture_numbers: list[int], judge=find_faults) -> int:
     """The chunks, then the report, if all are there. The exit status: 0, or 3 if the audit failed. See
     `write_report`."""
-    settings, folder = evaluations[-1].settings, evaluations[-1].folder.parents[1]
+    settings = evaluations[-1].settings
+    folder = evaluations[-1].folder
     for note in about["notes"]:
         say(f"note: {note}")
     say(f"{settings['pictures']} pictures at eps {format_eps(settings['eps'])} in chunks of {settings['chunk']}; on "
@@ -927,10 +918,10 @@ def run(evaluations: list[Evaluation], about: dict, numbers: list[int], judge=fi
     if not run_chunks(evaluations):
         say("other processes are at work, and the last one writes the report; if none is, give the command again")
         return 0
-    result = write_report(evaluations, about, numbers, judge)
+    report = write_report(evaluations, about, picture_numbers, judge)
     print((folder / "report.md").read_text(encoding="utf-8"))
     print(f"written to {shlex.quote(str(folder))}")
-    return 0 if result["audit"]["passed"] else 3
+    return 0 if report["audit"]["passed"] else 3
 
 
 def main(argv=None) -> int:

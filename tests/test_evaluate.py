@@ -170,13 +170,15 @@ def test_memory_is_bounded_and_a_lower_bound_goes_on_in_the_same_folder(folder, 
         row["right"] for row in both[1] if row["attack"] == "clean"]  # fmt: skip
 
 
-def test_work_of_other_days_and_versions_is_called_mixed(folder, call, monkeypatch):
+def test_work_of_other_days_and_versions_is_named(folder, call, monkeypatch):
     shutil.copytree(folder / "whole", folder / "mixed")
     (folder / "mixed" / "work" / "defence" / "worst-000003.npz").unlink()
     monkeypatch.setattr(evaluate.time, "strftime", lambda _: "2099-01-01")
     assert call("--ckpt", "carso.pt", "--out", "mixed")[0] == 0
-    date, before = read_report(folder, "mixed")["environment"]["date"], read_report(folder)["environment"]["date"]
-    assert date == f"mixed ({before}, 2099-01-01)"
+    (before,) = read_report(folder)["environment"]
+    assert torch.__version__ in before
+    later = re.sub(r"\d{4}-\d\d-\d\d$", "2099-01-01", before)
+    assert read_report(folder, "mixed")["environment"] == [before, later]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_eot_in_one_batch_is_the_mean_of_single_draws(tiny_carso):
     singles = [climb(seen, y, "ce", 1, part)(x) for part in z.split(3, dim=1)]
     assert_close(losses, torch.stack([l for l, _ in singles]).mean(0))
     assert_close(gradient, torch.stack([g for _, g in singles]).mean(0))
-    assert seen.count["pictures"] == 2 * (4 + 4) and seen.count["gradients"] == 2 * (1 + 4)
+    assert seen.count["gradients"] == 2 * (1 + 4)
 
 
 def test_the_memory_limit_changes_nothing(tiny_carso):
@@ -371,7 +373,7 @@ def test_every_attack_stays_in_the_ball_and_follows_its_seed(tiny_carso, name):
     found = []
     for _ in range(2):
         reseed(1, tiny_carso)
-        seen = Seen(tiny_carso.classifier if ATTACKS[name].on == "classifier" else tiny_carso, samples=3)
+        seen = Seen(tiny_carso.classifier if "defence" not in ATTACKS[name].on else tiny_carso, samples=3)
         candidates = ATTACKS[name].run(seen, x, y, SMALL | {"eps": 0.1})
         assert candidates.shape[1:] == x.shape and (candidates - x).abs().max() <= 0.1 + 1e-6
         assert candidates.min() >= 0 and candidates.max() <= 1
@@ -437,13 +439,12 @@ class Coin(nn.Module):
 
 def make_evaluation(model, folder, attacks=None, n=40, data=None, **changes) -> Evaluation:
     settings = BUDGETS["reduced"] | dict(eps=0.1, samples=1, aggregation="robust", view=None, seed=0, pictures=n)
-    settings |= dict(cascade=True, bf16=False, chunk=20, classes=2, select=20, draws=20) | changes
+    settings |= dict(cascade=True, bf16=False, chunk=20, select=20, draws=20) | changes
     images, labels = torch.full((n, 1, 32, 32), 128, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
     if data:
-        images, labels, settings["classes"] = data.test_images[:n], data.test_labels[:n], 10
+        images, labels = data.test_images[:n], data.test_labels[:n]
     attacks = {"clean": ATTACKS["clean"]} | (attacks or {}) | {"noise": ATTACKS["noise"]}
-    place = folder / "work" / "model"
-    return Evaluation("model", model, images, labels, attacks, settings, place, torch.device("cpu"))
+    return Evaluation("model", model, images, labels, attacks, settings, folder, torch.device("cpu"))
 
 
 def finish(e: Evaluation) -> dict:
@@ -500,7 +501,7 @@ def test_the_audit_looks_where_the_attack_ended(tmp_path, networks):
     def lie(m, x):
         return torch.where((x.mean((1, 2, 3)) < 0.43)[:, None], m(Lie.apply(x, lambda g: -g)), m(x))
 
-    e = make_evaluation(Around(networks["max-pool"], lie), tmp_path, {"darker": shift(-0.1)}, n=6, classes=10)
+    e = make_evaluation(Around(networks["max-pool"], lie), tmp_path, {"darker": shift(-0.1)}, n=6)
     e.labels[:] = networks["max-pool"](pixels(e.images[:1])).argmax()
     messages = finish(e)["audit"]["messages"]
     assert messages and all("where the attacks ended" in message for message in messages), messages
