@@ -178,6 +178,20 @@ def measure_slope_error(f, start: torch.Tensor, end: torch.Tensor, y: torch.Tens
     return (change - summed).abs() / torch.maximum(length, change.abs()).clamp(min=1e-30)
 
 
+def find_missing_gradients(f, x: torch.Tensor, y: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Fault -> which pictures have it, (B,) bool: no finite answer, no finite gradient, or, of a picture that f gets
+    right, no gradient of any loss. And the gradient of the margin, (B, C, H, W)."""
+    with torch.no_grad():
+        logits = f(x)
+    gradients = torch.stack([objective(f, y, loss)(x)[1].flatten(1) for loss in (*LOSSES, margin)])
+    faults = {
+        "outputs that are not finite": ~logits.isfinite().all(1),
+        "gradients that are not finite": ~gradients.isfinite().all(2).all(0),
+        "gradients of exactly zero": (gradients == 0).all(2).all(0) & (logits.argmax(1) == y),
+    }
+    return faults, gradients[-1].view_as(x).nan_to_num()
+
+
 # ------------------------------------------------------------------------------- the adversarially-balanced batch
 
 KINDS = ("PGD eps/2", "PGD eps", "FGSM eps/2", "FGSM eps")

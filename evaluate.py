@@ -44,7 +44,17 @@ from torch.utils.checkpoint import checkpoint
 
 import aggregate
 import data as datasets
-from attacks import LOSSES, ascend, format_eps, margin, measure_slope_error, objective, parse_eps, project, random_point
+from attacks import (
+    LOSSES,
+    ascend,
+    find_missing_gradients,
+    format_eps,
+    measure_slope_error,
+    objective,
+    parse_eps,
+    project,
+    random_point,
+)
 from models import (
     PUBLISHED,
     WideResNet,
@@ -377,20 +387,6 @@ def hold_noise(seen: Seen, x: torch.Tensor, seed: int) -> Callable:
     return answer
 
 
-def find_missing_gradients(f: Callable, x: torch.Tensor, y: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """Fault -> which pictures have it, (B,) bool: no finite answer, no finite gradient, or, of a picture that f gets
-    right, no gradient of any loss. And the gradient of the margin, (B, C, H, W)."""
-    with torch.no_grad():
-        logits = f(x)
-    gradients = torch.stack([objective(f, y, loss)(x)[1].flatten(1) for loss in (*LOSSES, margin)])
-    faults = {
-        "outputs that are not finite": ~logits.isfinite().all(1),
-        "gradients that are not finite": ~gradients.isfinite().all(2).all(0),
-        "gradients of exactly zero": (gradients == 0).all(2).all(0) & (logits.argmax(1) == y),
-    }
-    return faults, gradients[-1].view_as(x).nan_to_num()
-
-
 def find_unexplained(e: Evaluation, begin, end, y: torch.Tensor, seed: int, by_majority=False) -> torch.Tensor:
     """Of which pictures the gradients do not explain how the answer changes from begin to end, (B,) bool.
 
@@ -703,17 +699,23 @@ def format_rows(evaluations: list[Evaluation], tables: dict, picture_numbers: li
 
 @torch.no_grad()
 def draw_samples(e: Evaluation, path: Path) -> None:
-    """samples.png, a row a picture: clean | the worst | their difference, magnified | six reconstructions."""
+    """samples.png, a row a picture: clean | the worst | their difference, magnified | six reconstructions. Below them
+    the true class, the model's answer to the worst, and the labels of the reconstructions."""
     adversarial = torch.from_numpy(datasets.load_npz(e.find_path("worst", 0))["adversarial"][:8]).to(e.device)
     x = datasets.pixels(e.images[: len(adversarial)].to(e.device))
     difference = 0.5 + (adversarial - x) / (2 * max(e.settings["eps"], 1e-9))
     tiles = [x, adversarial, difference.clamp(0, 1)]
     headings = ["clean", "attacked", "difference"]
+    reseed(0, e.model)
+    answers = e.see_decision()(adversarial).argmax(1)
+    captions = [[f"is {label}", f"answer {answer}", ""] for label, answer in zip(e.labels.tolist(), answers.tolist())]
     if hasattr(e.model, "purify"):
-        e.model.manual_seed(0)
-        tiles += e.model.purify(adversarial, e.model.draw(x, 6)).unbind(1)
+        z = e.model.draw(x, 6)
+        tiles += e.model.purify(adversarial, z).unbind(1)
         headings += ["reconstruction"] * 6
-    datasets.save_pictures(path, torch.stack(tiles, 1), headings)
+        for line, labels in zip(captions, e.model.member_logits(adversarial, z).argmax(2).tolist()):
+            line += [f"label {label}" for label in labels]
+    datasets.save_pictures(path, torch.stack(tiles, 1), headings, captions)
 
 
 def write_report(evaluations: list[Evaluation], about: dict, picture_numbers: list[int], judge=find_faults) -> dict:
@@ -801,7 +803,7 @@ def load_model(args, device: torch.device, load=load_carso) -> tuple[nn.Module, 
     name = args.dataset or state.get("dataset")
     if name is None:
         raise ValueError(f"{path} does not say what it was trained on: add --dataset")
-    if not args.dataset and name not in datasets.NAMES and not Path(name).exists():
+    if not args.dataset and name not in datasets.NAMES and not Path(name).expanduser().exists():
         raise ValueError(f"{path} says that it was trained on {name}, which is not here: add --dataset")
     classes = state.get("classes")
     data = datasets.load(name, args.data_dir or state.get("data_dir", "data"), classes)
