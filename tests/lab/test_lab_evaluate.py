@@ -294,6 +294,12 @@ def test_a_model_that_remembers_fails_the_audit(attack):
     assert status == 3 and "other answers than at the beginning" in said, said
 
 
+def test_a_model_whose_quota_is_used_up_before_any_attack_is_refused(attack):
+    forward = "self.calls += 1; return self.answer(x) * (self.calls < 9)"
+    status, _, said = attack("small-quota", forward, init="self.calls = 0")
+    assert status == 2 and "answers otherwise under the same seed" in said, said
+
+
 def test_own_pictures_keep_their_size_for_an_own_model(folder, attack):
     digits = load("digits")
     large = digits.test_images[:20].repeat_interleave(3, 2).repeat_interleave(3, 3)[:, 0].numpy()
