@@ -254,6 +254,20 @@ def test_a_background_of_exactly_0_keeps_its_meaning(attack):
     assert any("moves by a millionth" in note for note in report["notes"])
 
 
+def test_a_background_that_speaks_against_one_class_alone_is_named(attack):
+    """The largest logit need not be the one that changes."""
+    other = "torch.arange(10) == 0"
+    forward = f"z = self.answer(x); return torch.where({other}, -50.0 - 50.0 * (x == 0).any(), z)"
+    _, report, _ = attack("one-class", forward, attacks=["clean"])
+    assert any("moves by a millionth" in note for note in report["notes"])
+
+
+def test_a_model_that_normalises_in_place_leaves_the_pictures_as_they_are(attack):
+    _, plain, _ = attack("out-of-place", PLAIN)
+    _, report, said = attack("in-place", "return self.answer(x.sub_(0.3).div_(0.4).mul(0.4).add(0.3))")
+    assert report and report["clean"] == plain["clean"] and report["robust"] == plain["robust"], said
+
+
 def test_one_models_work_is_not_shown_under_anothers_name(folder, call):
     """In the default folder, which is named after the settings."""
     negated = "\nclass Negated(Net):\n    def answer(self, x):\n        return -super().answer(x)\n"
@@ -278,6 +292,12 @@ def test_a_model_that_remembers_fails_the_audit(attack):
     forward = "self.calls += 1; return self.answer(x) if self.calls < 60 else self.answer(x).roll(1, 1)"
     status, _, said = attack("quota", forward, init=init)
     assert status == 3 and "other answers than at the beginning" in said, said
+
+
+def test_a_model_whose_quota_is_used_up_before_any_attack_is_refused(attack):
+    forward = "self.calls += 1; return self.answer(x) * (self.calls < 9)"
+    status, _, said = attack("small-quota", forward, init="self.calls = 0")
+    assert status == 2 and "answers otherwise under the same seed" in said, said
 
 
 def test_own_pictures_keep_their_size_for_an_own_model(folder, attack):
@@ -335,6 +355,7 @@ def test_a_models_file_may_change_folder_and_default_type(folder, attack):
         ("return self.answer(x).argmax(1)", r"returns .8,. for"),
         ("return F.one_hot(self.answer(x).argmax(1), 10)", "returns torch.int64: votes or classes"),
         ("return (self.answer(x), x)", "returns tuple"),
+        ("return self.answer(x).squeeze()", r"returns .10,. for a single picture"),
         ("torch.autograd.grad(self.answer(x).sum(), self.weight); return self.answer(x)", "enable_grad"),
     ],
 )
