@@ -174,8 +174,10 @@ def measure_slope_error(f, start: torch.Tensor, end: torch.Tensor, y: torch.Tens
         part = (gradient * step).flatten(1).sum(1)
         summed, length = summed + part, length + part.abs()
     with torch.no_grad():
-        change = margin(f(end), y) - margin(f(start), y)
-    return (change - summed).abs() / torch.maximum(length, change.abs()).clamp(min=1e-30)
+        logits = f(end)
+        change = margin(logits, y) - margin(f(start), y)
+    rounding = 1e-5 * logits.abs().amax(1) + 1e-30  # a picture that did not move
+    return (change - summed).abs() / torch.maximum(length, change.abs()).maximum(rounding)
 
 
 def find_missing_gradients(f, x: torch.Tensor, y: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

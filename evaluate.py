@@ -390,8 +390,9 @@ def hold_noise(seen: Seen, x: torch.Tensor, seed: int) -> Callable:
 def find_unexplained(e: Evaluation, begin, end, y: torch.Tensor, seed: int, by_majority=False) -> torch.Tensor:
     """Of which pictures the gradients do not explain how the answer changes from begin to end, (B,) bool.
 
-    A picture whose error is above 0.2 is looked at again with more points: an honest error shrinks. Measured on digits:
-    honest models stay below that, and most pictures of masked ones lie above 0.3 (RESULTS.md). by_majority: single
+    A picture whose error is above 0.2 is looked at again with more points: an honest error shrinks. Where most are above
+    it with 32 points, the slope changes within an attack's step and is of no use to it, derivative or not. Measured on
+    digits: honest models stay below, and most pictures of masked ones lie above 0.3 (RESULTS.md). by_majority: single
     pictures count only where most others agree."""
     seen = e.see_view()
     seen.samples = min(seen.samples, 2)  # two members tell enough
@@ -399,6 +400,8 @@ def find_unexplained(e: Evaluation, begin, end, y: torch.Tensor, seed: int, by_m
     errors = torch.full((len(y),), torch.inf, device=y.device)
     for points in (8, 32, 128):
         again = (errors > 0.2).nonzero().squeeze(1)
+        if points == 128 and len(again) > len(y) // 2:
+            break
         if len(again) > tolerated:
             f = hold_noise(seen, begin[again], seed)
             errors[again] = measure_slope_error(f, begin[again], end[again], y[again], points)
@@ -446,14 +449,12 @@ def audit_end(e: Evaluation, start: int, x, y, worst: torch.Tensor, answers: np.
     seed = e.reseed_for("audit-start", start)
     with e.search_precision():
         faults, _ = find_missing_gradients(hold_noise(e.see_view(), worst, seed), worst, y)
+    faults[UNEXPLAINED] = find_unexplained_in_each_precision(e, x, worst, y, seed)
     with torch.no_grad():
-        now = hold_noise(e.see_decision(), x, seed)(x)
+        now = hold_noise(e.see_decision(), x, seed)(x)  # last, after everything that is counted
     before = torch.from_numpy(answers).to(now)
     changed = (now - before).abs().amax(1) > 0.01 * before.abs().amax(1)
-    return faults | {
-        UNEXPLAINED: find_unexplained_in_each_precision(e, x, worst, y, seed),
-        "other answers than at the beginning of the evaluation": changed,
-    }
+    return faults | {"other answers than at the beginning of the evaluation": changed}
 
 
 # ------------------------------------------------------------------------------------------------------- the chunks
@@ -618,11 +619,13 @@ def find_faults(e: Evaluation, table: dict[str, dict]) -> list[str]:
             if pictures.any():
                 messages.append(f"{e.name}: {int(pictures.sum())} of {len(pictures)} pictures have {fault}, {where}")
     for name in e.attacks:
-        a = table[name]
-        if a["nonfinite"] + a["nonfinite_logits"] > 0:
+        if table[name]["nonfinite"] + table[name]["nonfinite_logits"] > 0:
             messages.append(f"{e.name}, {name}: outputs or gradients were not finite, and the attack did not move")
-        elif a["zero"] > 0.5 * max(a["gradients"], 1):  # some are natural, once a picture is lost
-            messages.append(f"{e.name}, {name}: {a['zero'] / a['gradients']:.0%} of the gradients were zero")
+    followers = [table[name] for name in e.attacks if table[name]["gradients"] > 0]
+    if followers and all(
+        a["zero"] > 0.5 * a["gradients"] for a in followers
+    ):  # one loss may be flat, or a picture lost
+        messages.append(f"{e.name}: most gradients of every attack were zero")
     return messages
 
 
