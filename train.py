@@ -551,9 +551,9 @@ class Stage:
         self.path = run.folder / f"{name}.resume.pt"
         self.last_save = time.monotonic()
 
-        nothing = {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double(), "parts": {}}
+        state = {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double(), "parts": {}}
         saved = run.ranks.load(self.path)
-        state = nothing if saved is None else saved
+        state |= saved or {}
         self.epoch, self.step = state["epoch"], state["step"]  # the next one
         self.rows = state["rows"]  # of past epochs
         self.sums = state["sums"]  # over all ranks, since this epoch began
@@ -563,20 +563,16 @@ class Stage:
             else:
                 parts[part].load_state_dict(content)
 
-        going_on = "" if saved is None else f", going on at epoch {self.epoch}, step {self.step}"
+        going_on = f", going on at epoch {self.epoch}, step {self.step}" if saved else ""
         run.say(f"{name}: {epoch_count} epochs of {self.pictures} pictures in batches of {batch_size}{going_on}")
         run.say("  ".join(f"{title:>10}" for title in ["epoch", *columns, "pictures/s", "left"]))
 
     def epochs(self):
-        """The epochs that are left. After each, its row is added to the log; after the last one the weights are saved.
-        Raises ValueError where a weight is not finite."""
+        """The epochs that are left. After each, its row is added to the log; after the last one the parts are saved."""
         for epoch in range(self.epoch, self.epoch_count):
             yield epoch
             self.write_row()
             self.epoch, self.step = epoch + 1, 0
-        for part in self.parts.values():
-            if isinstance(part, nn.Module):
-                self.check_finite("a weight", *part.state_dict().values())
         self.save()
 
     def batches(self, epoch: int):
@@ -593,7 +589,8 @@ class Stage:
     def add(self, batch: Batch, sums: torch.Tensor) -> None:
         """Count a finished step; sums: (columns,), over this rank's pictures. Saves when it is time.
 
-        Raises Stopped where a rank was asked to stop, and ValueError where a sum is not finite."""
+        Raises Stopped where a rank was asked to stop, and ValueError where a sum or, to be saved, a weight is not
+        finite."""
         run = self.run
         values = torch.cat([sums.detach().double(), torch.tensor([run.stopping], device=sums.device)])
         *sums, stopping = run.ranks.sum(values).cpu()
@@ -623,6 +620,8 @@ class Stage:
         return f"{speed:.0f}", str(left)
 
     def save(self) -> None:
+        networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        self.check_finite("a weight", *[tensor for network in networks for tensor in network.state_dict().values()])
         self.last_save = time.monotonic()
         if self.run.ranks.is_first:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -669,10 +668,10 @@ def train_classifier(run: Run, classifier: WideResNet) -> None:
     stage = Stage(run, "classifier", p.classifier_epochs, p.classifier_batch_size, parts, ("loss", "robust"))
     for epoch in stage.epochs():
         for batch in stage.batches(epoch):
-            at = epoch + batch.step / steps
-            share = np.interp(at, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0])
-            optimizer.param_groups[0]["lr"] = float(share * p.classifier_learning_rate)
-            eps = p.eps * min(1.0, (at + 0.5) / max(p.classifier_ramp, 1e-9))
+            passed = epoch + batch.step / steps  # epochs
+            cycle = np.interp(passed, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0])
+            optimizer.param_groups[0]["lr"] = float(cycle * p.classifier_learning_rate)
+            eps = p.eps * min(1.0, (passed + 0.5) / max(p.classifier_ramp, 1e-9))
 
             x, y = run.load_pictures(batch)
             noise = run.draw_noise(batch)
@@ -717,7 +716,7 @@ def make_classifier(run: Run, classifier: WideResNet) -> None:
     images, labels = run.data.test_images[:500], run.data.test_labels[:500]
     attack = partial(pgd, eps=run.p.eps, steps=20, step_size=run.p.eps / 4)
     clean = measure_accuracy(classifier, images, labels)
-    robust = measure_accuracy(classifier, images, labels, attack, batch_size=50)  # so many fit where training did
+    robust = measure_accuracy(classifier, images, labels, attack, batch_size=50)  # to need little memory
     run.say(f"classifier: clean {clean:.1%}, PGD-20 {robust:.1%} on {len(labels)} test pictures")
 
 
@@ -785,9 +784,9 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
     carso.train()  # but for its classifier, which stays frozen and in eval mode
     for epoch in stage.epochs():
         for batch, perturbed in perturb(run, carso.classifier, stage.batches(epoch)):
-            at = schedule_epoch(epoch, batch.step, steps, p)
-            lookahead.optimizer.param_groups[0]["lr"] = learning_rate(at, p)
-            loss, bce, kld = compute_losses(run, carso, network, batch, perturbed, kl_weight(at, p))
+            passed = schedule_epoch(epoch, batch.step, steps, p)
+            lookahead.optimizer.param_groups[0]["lr"] = learning_rate(passed, p)
+            loss, bce, kld = compute_losses(run, carso, network, batch, perturbed, kl_weight(passed, p))
             lookahead.optimizer.zero_grad()
             (loss * ranks.count).backward()  # DDP averages over ranks: this is the global batch's sum
             lookahead.step()
