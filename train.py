@@ -379,12 +379,12 @@ class AllSum(torch.autograd.Function):
 
 def start_ranks(device: torch.device) -> Ranks:
     """Join the processes that torchrun started; a plain `python train.py` is the only one."""
+    rank, count = read_ranks()
     if not is_under_torchrun():
-        read_ranks()  # refuses processes that another launcher started
         return Ranks(device)
     backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backends, timeout=timedelta(hours=2))  # so long may one load data, and the others wait
-    return Ranks(device, *read_ranks())
+    return Ranks(device, rank, count)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
