@@ -24,13 +24,10 @@ import math
 import os
 import shlex
 import signal
-import threading
 import time
-import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -39,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 import data as datasets
 from attacks import adversarially_balanced_batch, balanced_kinds, format_eps, parse_eps, pgd
@@ -159,40 +156,38 @@ def choose_preset(name: str, given: dict) -> Preset:
     return p
 
 
-def fit_batches(p: Preset, stage: str, data: datasets.Dataset, given: dict, processes: int) -> Preset:
-    """The preset for this training set. If it makes fewer than ten batches an epoch (the paper's scenario a has ten), a
-    batch gets a tenth of it, but not under 16 pictures. The learning rate falls with the batch: for SGD in proportion
-    (Goyal et al. 2017), for RAdam as its root (Malladi et al. 2022). Numbers that are given stay.
+def fit_batches(p: Preset, pictures: int, given: dict, processes: int) -> Preset:
+    """The preset for a training set of so many pictures. If it makes fewer than ten batches an epoch (the paper's
+    scenario a has ten), a batch gets a tenth of it, but not under 16 pictures. The learning rate falls with the batch:
+    for SGD in proportion (Goyal et al. 2017), for RAdam as its root (Malladi et al. 2022). Given numbers stay.
 
-    stage: "classifier_" or "" (the purifier), as the names of its numbers begin. Raises ValueError where a batch is too
-    small for BatchNorm or the processes."""
-    size_name, rate_name = f"{stage}batch_size", f"{stage}learning_rate"
-    usual, rate = getattr(p, size_name), getattr(p, rate_name)
-    pictures = len(data.train_labels)
-    size = max(16, math.ceil(pictures / 10))
-    if size_name in given or math.ceil(pictures / usual) >= 10 or size >= usual:
-        size = usual
-    if size < usual and rate_name not in given:
-        power = 1 if stage == "classifier_" else 0.5
-        rate = float(f"{rate * (size / usual) ** power:.2g}")
+    Raises ValueError where a batch is too small for BatchNorm or the processes."""
+    tenth = max(16, math.ceil(pictures / 10))
+    for stage, power in ("classifier_", 1.0), ("", 0.5):
+        size_name, rate_name = f"{stage}batch_size", f"{stage}learning_rate"
+        size = getattr(p, size_name)
+        if size_name not in given and math.ceil(pictures / size) < 10 and tenth < size:
+            rate = getattr(p, rate_name) * (tenth / size) ** power
+            size = tenth
+            p = dataclasses.replace(p, **{size_name: size, rate_name: given.get(rate_name, rate)})
 
-    smallest = min(len(indices) for indices in datasets.batches(pictures, size, 0, 0))
-    if smallest < max(2, processes):
-        option = "--" + size_name.replace("_", "-")
-        raise ValueError(f"{option} {size} leaves a batch of {smallest} for {processes} process(es): enlarge it")
-    return dataclasses.replace(p, **{size_name: size, rate_name: rate})
+        smallest = min(len(indices) for indices in datasets.batches(pictures, size, 0, 0))
+        if smallest < max(2, processes):
+            option = "--" + size_name.replace("_", "-")
+            raise ValueError(f"{option} {size} leaves a batch of {smallest} for {processes} process(es): enlarge it")
+    return p
 
 
 # ------------------------------------------------------------------------------------- schedules and the optimizer
 
 
-def schedule_epoch(epoch: int, number: int, steps: int, p: Preset) -> float:
-    """Epoch at which the schedules are read for step `number` of an epoch of `steps`. As in the paper they move once an
+def schedule_epoch(epoch: int, step: int, steps: int, p: Preset) -> float:
+    """Epoch at which the schedules are read for a step of an epoch of `steps`. As in the paper they move once an
     epoch. Where an epoch has five steps or fewer, or the warm-up one epoch or less, they move at every step. The first
     five steps of such a run keep the starting rate: there RAdam follows the bare gradient of a summed loss."""
     if steps > 5 and p.warmup > 1:
         return float(epoch)
-    done = epoch * steps + number
+    done = epoch * steps + step
     return done / steps if done >= 5 else 0.0
 
 
@@ -252,16 +247,18 @@ def build_optimizer(purifier: nn.Module, p: Preset) -> Lookahead:
 def averaging_batchnorm(network: nn.Module):
     """Inside, BatchNorm's running statistics become the plain mean over the batches seen there: Lookahead's slow
     weights are the result, but the statistics collected on the way belong to the fast ones."""
-    layers = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    layers = find_batchnorms(network)
     momenta = [layer.momentum for layer in layers]
-    try:
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative average
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta):
-            layer.momentum = momentum
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+    yield
+    for layer, momentum in zip(layers, momenta):
+        layer.momentum = momentum
+
+
+def find_batchnorms(network: nn.Module) -> list[nn.Module]:
+    return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
 # ---------------------------------------------------------------------------------- many processes that act as one
@@ -275,7 +272,6 @@ class Ranks:
     device: torch.device
     rank: int = 0
     count: int = 1
-    patient: dist.ProcessGroup | None = None  # all of them on CPUs, where one may wait two hours for another
 
     @property
     def is_first(self) -> bool:
@@ -295,95 +291,76 @@ class Ranks:
         values = [value]
         if self.count > 1:
             values *= self.count
-            dist.all_gather_object(values, value, group=self.patient)
+            dist.all_gather_object(values, value)
         return values
+
+    def agree(self, action, mine: bool):
+        """action() where `mine` is true, None on the other ranks. Where it raises ValueError or OSError, every rank
+        raises ValueError, or the others would wait for one that has ended."""
+        result, sentence = None, ""
+        if mine:
+            try:
+                result = action()
+            except (ValueError, OSError) as error:
+                sentence = str(error)
+        sentences = [text for text in self.gather(sentence) if text]
+        if sentences:
+            raise ValueError(sentences[0])
+        return result
 
     def take_turns(self, load):
         """load(), on one process of each machine first, which may download and unpack for the others."""
-        loaded = error = None
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            try:
-                loaded = load()
-            except (ValueError, OSError) as caught:
-                error = caught
-        failed = self.gather(error is not None)
-        if any(failed):
-            self.refuse(error, failed.index(True))
-        return load() if loaded is None else loaded
-
-    def refuse(self, error: Exception, speaker: int = 0) -> NoReturn:
-        """Raise the error on one rank; the others end after it, without a word."""
-        if self.rank == speaker:
-            raise error
-        time.sleep(1)
-        os._exit(2)
+        is_early = os.environ.get("LOCAL_RANK", "0") == "0"
+        early = self.agree(load, is_early)
+        late = self.agree(load, not is_early)
+        return early if is_early else late
 
     def check_alike(self, settings: dict) -> None:
-        """Raises ValueError where another rank has other settings."""
+        """Raises ValueError, on every rank, where the ranks have different settings."""
         everyone = self.gather(settings)
-        for rank, theirs in enumerate(everyone):
-            different = [key for key in theirs if theirs[key] != everyone[0].get(key)]
-            if different:
-                text = "; ".join(
-                    f"{key}: {everyone[0].get(key)} in process 0, {theirs[key]} in process {rank}" for key in different
-                )
-                self.refuse(ValueError(f"the processes differ ({text}): give all the same data, weights and options"))
+        keys = dict.fromkeys(itertools.chain(*everyone))
+        different = [key for key in keys if any(theirs.get(key) != everyone[0].get(key) for theirs in everyone)]
+        if different:
+            names = ", ".join(different)
+            raise ValueError(f"the processes differ in {names}: give all the same data, weights and options")
 
     def load(self, path: Path) -> dict | None:
         """A file of tensors as rank 0 finds it, on the CPU; None where there is none. Folders need not be shared."""
-        content = load_tensors(path) if self.is_first and path.is_file() else None
+        content = self.agree(lambda: load_tensors(path) if path.is_file() else None, self.is_first)
         if self.count == 1:
             return content
-        leaves, structure = tree_flatten(content)
-        outline = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        outline, structure = self.gather((outline, structure))[0]
-        for number, leaf in enumerate(outline):  # tensor by tensor: no process holds more than the content
-            if isinstance(leaf, torch.Tensor):
-                outline[number] = leaves[number] if self.is_first else torch.empty_like(leaf, device="cpu")
-                dist.broadcast(outline[number], 0, group=self.patient)
-        return tree_unflatten(outline, structure)
 
-    def wrap(self, module: nn.Module, trained: nn.Module | None = None) -> nn.Module:
-        """The module with gradients averaged over the ranks, and BatchNorm over the global batch in the part of it that
-        is trained (default: all)."""
+        # First an outline without the numbers, then tensor by tensor: no process holds more than the content.
+        outline = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), content)
+        outline = self.gather(outline)[0]
+        if not self.is_first:
+            content = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), outline)
+        tree_map_only(torch.Tensor, lambda tensor: dist.broadcast(tensor, 0), content)
+        return content
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network with gradients averaged over the ranks, and BatchNorm over the global batch where it trains."""
         if self.count == 1:
-            return module
-        trained = module if trained is None else trained
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            nn.SyncBatchNorm.convert_sync_batchnorm(trained)
+            return network
+        if self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
         else:
-            for layer in trained.modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    layer.forward = partial(global_batch_norm, layer)  # SyncBatchNorm is for GPUs only
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is not in older versions
-            return DistributedDataParallel(
-                module,
-                device_ids=[self.device.index] if on_gpu else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            for layer in find_batchnorms(network):
+                layer.forward = partial(global_batch_norm, self, layer)  # SyncBatchNorm is for GPUs only
+        return DistributedDataParallel(network)
 
 
-def global_batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
-    """BatchNorm over the pictures of all ranks, from plain collectives that also run on CPUs: (B, C, ...) -> the
-    same."""
+def global_batch_norm(ranks: Ranks, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """BatchNorm over the pictures of all ranks, on CPUs: each rank gets all rows, and keeps its own. x (b, C, ...)."""
     if not layer.training:
-        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps)
-    dims = [d for d in range(x.ndim) if d != 1]
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast x is bfloat16
-    sums = AllSum.apply(torch.cat([x.sum(dims), x.new_full((1,), x.numel() / x.shape[1])]))
-    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
-    centred = x - mean.view(shape)
-    variance = AllSum.apply(centred.square().sum(dims)) / count
-    with torch.no_grad():
-        layer.num_batches_tracked += 1
-        momentum = layer.momentum if layer.momentum is not None else 1.0 / float(layer.num_batches_tracked)
-        layer.running_mean.lerp_(mean, momentum)
-        layer.running_var.lerp_(variance * count / (count - 1), momentum)
-    normalised = centred * (variance + layer.eps).rsqrt().view(shape)
-    return (normalised * layer.weight.view(shape) + layer.bias.view(shape)).to(given)
+        return type(layer).forward(layer, x)
+    counts = torch.zeros(ranks.count, dtype=torch.long)
+    counts[ranks.rank] = len(x)
+    counts = ranks.sum(counts).tolist()
+    before = x.new_zeros(sum(counts[: ranks.rank]), *x.shape[1:])
+    after = x.new_zeros(sum(counts[ranks.rank + 1 :]), *x.shape[1:])
+    whole = AllSum.apply(torch.cat([before, x, after]))
+    return type(layer).forward(layer, whole)[len(before) : len(before) + len(x)]
 
 
 class AllSum(torch.autograd.Function):
@@ -405,13 +382,14 @@ def start_ranks(device: torch.device) -> Ranks:
     rank, count = read_ranks()
     if not is_under_torchrun():
         return Ranks(device)
-    on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-    return Ranks(device, rank, count, patient)
+    backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backends, timeout=timedelta(hours=2))  # so long may one load data, and the others wait
+    return Ranks(device, rank, count)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
+
+SAVE_EVERY = 600  # seconds between two checkpoints
 
 
 class Stopped(KeyboardInterrupt):
@@ -423,7 +401,7 @@ class Batch:
     """One step's pictures, those of all ranks together."""
 
     epoch: int
-    number: int  #                 of the step, in its epoch
+    step: int  #                   in its epoch
     indices: torch.Tensor  #       (B,), of the pictures in the training set
     first: int  #                  how many pictures the stage has seen before
     generator: torch.Generator  #  of this step's random numbers, the same ones on every rank
@@ -441,16 +419,19 @@ class Run:
             and `settings`, which are any other plain values that the result depends on.
         start: the given network that is trained, or that the purifier goes around; None: all weights follow from seed.
         micro_batch: pictures attacked or looked into at a time, to save memory; None: all that a rank has.
-        save_every: seconds between two checkpoints.
     Raises ValueError where the folder holds another training, or where the ranks differ in any of this.
     """
 
     def __init__(
         self, folder, data: datasets.Dataset, p: Preset, start: nn.Module | None, ranks: Ranks, seed: int = 0,
-        micro_batch: int | None = None, save_every: float = 600, **settings,
+        micro_batch: int | None = None, **settings,
     ):  # fmt: skip
-        self.folder, self.data, self.p, self.ranks = Path(folder), data, p, ranks
-        self.seed, self.micro_batch, self.save_every = seed, micro_batch, save_every
+        self.folder = Path(folder)
+        self.data = data
+        self.p = p
+        self.ranks = ranks
+        self.seed = seed
+        self.micro_batch = micro_batch
         self.stopping = False
         self.last_line = time.monotonic()
 
@@ -459,13 +440,16 @@ class Run:
         self.config = {"data": self.fingerprint, "weights": weights, "seed": seed}
         self.config |= settings | dataclasses.asdict(p)
         ranks.check_alike(self.config)
-        if ranks.is_first:
-            datasets.check_config(self.folder / "config.json", self.config, "folder (--name)")
-            for path in self.folder.glob(".*.part"):  # of a run that was killed while it wrote
-                path.unlink()
+        ranks.agree(self.claim_folder, ranks.is_first)
 
         self.images = data.train_images.to(ranks.device)
         self.labels = data.train_labels.to(ranks.device)
+
+    def claim_folder(self) -> None:
+        """Raises ValueError where the folder holds another training."""
+        datasets.check_config(self.folder / "config.json", self.config, "folder (--name)")
+        for path in self.folder.glob(".*.part"):  # of a run that was killed while it wrote
+            path.unlink()
 
     def is_complete(self) -> bool:
         """True if rank 0 finds the result of this run: folders need not be shared."""
@@ -475,21 +459,25 @@ class Run:
         self.say(f"{path} is complete: attack it with evaluate.py --ckpt, or choose another --name")
         return True
 
-    def say(self, text: str) -> None:
-        self.last_line = time.monotonic()
+    def say(self, text: str, after: float = 0) -> None:
+        """Print it, unless something was said in the last `after` seconds."""
+        now = time.monotonic()
+        if now - self.last_line < after:
+            return
+        self.last_line = now
         if self.ranks.is_first:
-            print(text, flush=True)  # a file that it goes to is looked into, too
+            print(text, flush=True)  # at once, also into a file
 
-    def say_every_minute(self, text: str) -> None:
-        """Only where nothing was said for a minute."""
-        if time.monotonic() - self.last_line > 60:
-            self.say(text)
-
-    def make_generator(self, stage: str, epoch: int, number: int) -> torch.Generator:
+    def make_generator(self, stage: str, epoch: int, step: int) -> torch.Generator:
         """The random numbers of one step, the same on every rank, for whole global batches."""
-        key = f"{self.seed} {stage} {epoch} {number}".encode()
+        key = f"{self.seed} {stage} {epoch} {step}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "little")
         return torch.Generator(self.ranks.device).manual_seed(seed)
+
+    def draw(self, distribution, batch: Batch, *shape: int) -> torch.Tensor:
+        """Random numbers for this rank's part of a batch, (b, *shape). distribution: torch.rand or torch.randn."""
+        sizes = (len(batch.indices), *shape)
+        return self.ranks.share(distribution(sizes, generator=batch.generator, device=self.ranks.device))
 
     def load_pictures(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's part of a batch: x (b, C, H, W) in [0, 1], y (b,)."""
@@ -498,14 +486,13 @@ class Run:
 
     def draw_noise(self, batch: Batch) -> torch.Tensor:
         """PGD's random start for this rank's part of a batch, uniform in [-1, 1], (b, C, H, W)."""
-        shape = (len(batch.indices), *self.images.shape[1:])
-        noise = 2 * torch.rand(shape, generator=batch.generator, device=self.ranks.device) - 1
-        return self.ranks.share(noise)
+        return 2 * self.draw(torch.rand, batch, *self.images.shape[1:]) - 1
 
     def augment(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """This rank's part of a batch, x (b, C, H, W), cropped and mirrored as the preset says."""
-        draws = torch.rand((len(batch.indices), 3), generator=batch.generator, device=self.ranks.device)
-        return datasets.augment(x, self.ranks.share(draws), self.p.mirror)
+        """This rank's part of a batch, x (b, C, H, W), cropped and mirrored where the preset says so."""
+        if not self.p.augment:
+            return x
+        return datasets.augment(x, self.draw(torch.rand, batch, 3), self.p.mirror)
 
     def count_steps(self, batch_size: int) -> int:
         """Batches an epoch."""
@@ -519,6 +506,7 @@ class Run:
     def stopping_gently(self):
         """Inside, SIGTERM and Ctrl-C only ask to stop after the current step. Another one does not wait, unless it is a
         SIGTERM within five seconds: torchrun passes on to its processes what they may have received themselves."""
+        asked_at = 0.0
 
         def ask(number, frame):
             nonlocal asked_at
@@ -529,10 +517,6 @@ class Run:
                 asked_at = now
             self.stopping = True
 
-        asked_at = 0.0
-        if threading.current_thread() is not threading.main_thread():
-            yield  # no other thread is told of signals
-            return
         before = {name: signal.signal(name, ask) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -556,80 +540,88 @@ class Stage:
         columns: names of the sums. Their means over all pictures of an epoch become a row of log-NAME.tsv.
     """
 
-    def __init__(self, run: Run, name: str, last_epoch: int, batch_size: int, parts: dict, columns: tuple[str, ...]):
-        self.run, self.name, self.last_epoch, self.batch_size = run, name, last_epoch, batch_size
-        self.parts, self.columns = parts, columns
+    def __init__(self, run: Run, name: str, epoch_count: int, batch_size: int, parts: dict, columns: tuple[str, ...]):
+        self.run = run
+        self.name = name
+        self.epoch_count = epoch_count
+        self.batch_size = batch_size
+        self.parts = parts
+        self.columns = columns
         self.pictures = len(run.labels)
         self.path = run.folder / f"{name}.resume.pt"
         self.last_save = time.monotonic()
 
-        nothing = {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double(), "parts": {}}
+        state = {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double(), "parts": {}}
         saved = run.ranks.load(self.path)
-        state = nothing if saved is None else saved
+        state |= saved or {}
         self.epoch, self.step = state["epoch"], state["step"]  # the next one
-        self.rows, self.sums = state["rows"], state["sums"]  #   of past epochs; over all ranks, since this epoch began
+        self.rows = state["rows"]  # of past epochs
+        self.sums = state["sums"]  # over all ranks, since this epoch began
         for part, content in state["parts"].items():
             if isinstance(parts[part], nn.Module):
                 load_weights(parts[part], content, self.path)  # refuses those of another purifier
             else:
                 parts[part].load_state_dict(content)
 
-        going_on = "" if saved is None else f", going on at epoch {self.epoch}, step {self.step}"
-        run.say(f"{name}: {last_epoch} epochs of {self.pictures} pictures in batches of {batch_size}{going_on}")
+        going_on = f", going on at epoch {self.epoch}, step {self.step}" if saved else ""
+        run.say(f"{name}: {epoch_count} epochs of {self.pictures} pictures in batches of {batch_size}{going_on}")
         run.say("  ".join(f"{title:>10}" for title in ["epoch", *columns, "pictures/s", "left"]))
 
     def epochs(self):
-        """The epochs that are left. After each, its row is added to the log; after the last one the weights are saved.
-        Raises ValueError where a weight is not finite."""
-        for epoch in range(self.epoch, self.last_epoch):
-            self.speed, self.time_left = 0.0, ""
+        """The epochs that are left. After each, its row is added to the log; after the last one the parts are saved."""
+        for epoch in range(self.epoch, self.epoch_count):
             yield epoch
             self.write_row()
             self.epoch, self.step = epoch + 1, 0
-        networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
-        if not all(tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()):
-            raise ValueError(f"{self.name}: a weight is not finite: choose a lower learning rate, and another --name")
         self.save()
 
     def batches(self, epoch: int):
         """The epoch's batches that are left."""
         order = datasets.batches(self.pictures, self.batch_size, self.run.seed, epoch)
-        first = epoch * self.pictures + sum(len(indices) for indices in order[: self.step])
-        self.began, self.first = time.monotonic(), first
-        for number in range(self.step, len(order)):
-            generator = self.run.make_generator(self.name, epoch, number)
-            yield Batch(epoch, number, order[number], first, generator)
-            first += len(order[number])
+        self.seen = epoch * self.pictures + sum(len(indices) for indices in order[: self.step])
+        self.began, self.began_at = time.monotonic(), self.seen
+        first = self.seen
+        for step in range(self.step, len(order)):
+            generator = self.run.make_generator(self.name, epoch, step)
+            yield Batch(epoch, step, order[step], first, generator)
+            first += len(order[step])
 
     def add(self, batch: Batch, sums: torch.Tensor) -> None:
         """Count a finished step; sums: (columns,), over this rank's pictures. Saves when it is time.
 
-        Raises Stopped where a rank was asked to stop, and ValueError where a sum is not finite."""
+        Raises Stopped where a rank was asked to stop, and ValueError where a sum or, to be saved, a weight is not
+        finite."""
         run = self.run
         values = torch.cat([sums.detach().double(), torch.tensor([run.stopping], device=sums.device)])
         *sums, stopping = run.ranks.sum(values).cpu()
         self.sums += torch.stack(sums)
-        self.epoch, self.step = batch.epoch, batch.number + 1
-        self.measure_speed(batch)
-        if not self.sums.isfinite().all():
-            raise ValueError(f"{self.name}: the loss is not finite at epoch {batch.epoch}, step {batch.number}: choose "
-                             "a lower learning rate, and another --name")  # fmt: skip
-        if stopping or time.monotonic() - self.last_save > run.save_every:
+        self.check_finite(f"epoch {batch.epoch}, step {batch.step}: the loss", self.sums)
+        self.epoch, self.step = batch.epoch, batch.step + 1
+        self.seen = batch.first + len(batch.indices)
+
+        _, left = self.measure_speed()
+        steps = run.count_steps(self.batch_size)
+        run.say(f"{self.name}: epoch {self.epoch}, batch {self.step} of {steps}, {left} left", after=60)
+        if stopping or time.monotonic() - self.last_save > SAVE_EVERY:
             self.save()
         if stopping:
             run.ranks.gather()  # torchrun ends all processes when one has ended: not before the file is written
             raise Stopped(f"stopped at {self.name} epoch {self.epoch}, step {self.step}, and saved")
 
-    def measure_speed(self, batch: Batch) -> None:
-        """Pictures a second and the time left."""
-        seen = batch.first + len(batch.indices)
-        self.speed = (seen - self.first) / max(time.monotonic() - self.began, 1e-9)
-        self.time_left = format_time((self.pictures * self.last_epoch - seen) / self.speed)
-        steps = self.run.count_steps(self.batch_size)
-        place = f"{self.name}: epoch {self.epoch}, batch {self.step} of {steps}"
-        self.run.say_every_minute(f"{place}, {self.time_left} left")
+    def check_finite(self, what: str, *tensors: torch.Tensor) -> None:
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError(f"{self.name}: {what} is not finite: choose a lower learning rate, and another --name")
+
+    def measure_speed(self) -> tuple[str, str]:
+        """Pictures a second since the epoch began here, and the time that is left."""
+        speed = (self.seen - self.began_at) / max(time.monotonic() - self.began, 1e-9)
+        pictures_left = self.epoch_count * self.pictures - self.seen
+        left = timedelta(seconds=int(pictures_left / speed)) if speed > 0 else ""
+        return f"{speed:.0f}", str(left)
 
     def save(self) -> None:
+        networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        self.check_finite("a weight", *[tensor for network in networks for tensor in network.state_dict().values()])
         self.last_save = time.monotonic()
         if self.run.ranks.is_first:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -641,18 +633,12 @@ class Stage:
         means = (self.sums / self.pictures).tolist()
         self.sums = torch.zeros_like(self.sums)
         self.rows.append([self.epoch, *means])
-        shown = [f"{self.epoch}", *(f"{mean:.5g}" for mean in means), f"{self.speed:.0f}", self.time_left]
+        shown = [f"{self.epoch}", *(f"{mean:.5g}" for mean in means), *self.measure_speed()]
         self.run.say("  ".join(f"{text:>10}" for text in shown))
         if self.run.ranks.is_first:
             lines = ["\t".join(["epoch", *self.columns])]
             lines += ["\t".join(f"{value:.8g}" for value in row) for row in self.rows]
             datasets.write_text(self.run.folder / f"log-{self.name}.tsv", "\n".join(lines) + "\n")
-
-
-def format_time(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
 def split_rows(pictures: int, at_once: int | None) -> list[slice]:
@@ -669,9 +655,8 @@ def train_classifier(run: Run, classifier: WideResNet) -> None:
     gets an average of the weights, and is in eval mode."""
     ranks, p = run.ranks, run.p
     trained = copy.deepcopy(classifier).requires_grad_(True)
-    for layer in trained.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = p.classifier_bn_momentum
+    for layer in find_batchnorms(trained):
+        layer.momentum = p.classifier_bn_momentum
     settings = dict(momentum=0.9, nesterov=True, weight_decay=p.classifier_weight_decay)
     optimizer = torch.optim.SGD(trained.parameters(), **settings)
     network = ranks.wrap(trained)
@@ -683,15 +668,14 @@ def train_classifier(run: Run, classifier: WideResNet) -> None:
     stage = Stage(run, "classifier", p.classifier_epochs, p.classifier_batch_size, parts, ("loss", "robust"))
     for epoch in stage.epochs():
         for batch in stage.batches(epoch):
-            at = epoch + batch.number / steps
-            share = np.interp(at, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0])
-            optimizer.param_groups[0]["lr"] = float(share * p.classifier_learning_rate)
-            eps = p.eps * min(1.0, (at + 0.5) / max(p.classifier_ramp, 1e-9))
+            passed = epoch + batch.step / steps  # epochs
+            cycle = np.interp(passed, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0])
+            optimizer.param_groups[0]["lr"] = float(cycle * p.classifier_learning_rate)
+            eps = p.eps * min(1.0, (passed + 0.5) / max(p.classifier_ramp, 1e-9))
 
             x, y = run.load_pictures(batch)
             noise = run.draw_noise(batch)
-            if p.augment:
-                x = run.augment(x, batch)
+            x = run.augment(x, batch)
             if p.classifier_attack_steps > 0:
                 trained.eval().requires_grad_(False)
                 step_size = 2.5 * eps / p.classifier_attack_steps  # the steps could cross the ball (Madry et al.)
@@ -731,10 +715,8 @@ def make_classifier(run: Run, classifier: WideResNet) -> None:
     torch.manual_seed(0)
     images, labels = run.data.test_images[:500], run.data.test_labels[:500]
     attack = partial(pgd, eps=run.p.eps, steps=20, step_size=run.p.eps / 4)
-    had_room_for = run.micro_batch or run.p.classifier_batch_size // run.ranks.count
-    at_once = min(250, had_room_for)
-    clean = measure_accuracy(classifier, images, labels, batch_size=at_once)
-    robust = measure_accuracy(classifier, images, labels, attack, at_once)
+    clean = measure_accuracy(classifier, images, labels)
+    robust = measure_accuracy(classifier, images, labels, attack, batch_size=50)  # to need little memory
     run.say(f"classifier: clean {clean:.1%}, PGD-20 {robust:.1%} on {len(labels)} test pictures")
 
 
@@ -749,8 +731,8 @@ def attack_batches(run: Run, classifier: nn.Module, batches, together: int | Non
     p, ranks = run.p, run.ranks
     fraction = max(p.fraction, 0.01)
     if together is None:
-        fill_a_gpu = round(2 * 640 * ranks.count / (fraction * p.batch_size))  # every other perturbed picture is PGD's
-        together = min(max(fill_a_gpu, 1), 16) if ranks.device.type == "cuda" else 1
+        for_pgd = 0.5 * fraction * p.batch_size / ranks.count  # every other perturbed picture is PGD's
+        together = min(max(round(640 / for_pgd), 1), 16) if ranks.device.type == "cuda" else 1
     at_once = run.micro_batch and math.ceil(run.micro_batch / fraction)  # memory goes to those that are attacked
     batches = iter(batches)
     while group := list(itertools.islice(batches, together)):
@@ -802,9 +784,9 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
     carso.train()  # but for its classifier, which stays frozen and in eval mode
     for epoch in stage.epochs():
         for batch, perturbed in perturb(run, carso.classifier, stage.batches(epoch)):
-            at = schedule_epoch(epoch, batch.number, steps, p)
-            lookahead.optimizer.param_groups[0]["lr"] = learning_rate(at, p)
-            loss, bce, kld = compute_losses(run, carso, network, batch, perturbed, kl_weight(at, p))
+            passed = schedule_epoch(epoch, batch.step, steps, p)
+            lookahead.optimizer.param_groups[0]["lr"] = learning_rate(passed, p)
+            loss, bce, kld = compute_losses(run, carso, network, batch, perturbed, kl_weight(passed, p))
             lookahead.optimizer.zero_grad()
             (loss * ranks.count).backward()  # DDP averages over ranks: this is the global batch's sum
             lookahead.step()
@@ -824,11 +806,10 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
 def compute_losses(run: Run, carso: CARSO, network: nn.Module, batch: Batch, perturbed: torch.Tensor, beta: float):
     """`vae_loss` of this rank's part of a batch, perturbed (b, C, H, W). network: the purifier, wrapped by `Ranks`."""
     clean, _ = run.load_pictures(batch)
-    shape = (len(batch.indices), run.p.latent_dim)
-    noise = torch.randn(shape, generator=batch.generator, device=run.ranks.device)
+    noise = run.draw(torch.randn, batch, run.p.latent_dim)
     with run.autocast():
         representation = record_piecewise(carso.classifier, carso.layers, perturbed, run.micro_batch)
-        outputs = network(perturbed, representation, run.ranks.share(noise))
+        outputs = network(perturbed, representation, noise)
     reconstruction, mu, logvar = (output.float() for output in outputs)
     return vae_loss(reconstruction, clean, mu, logvar, beta)
 
@@ -863,7 +844,7 @@ def finish(run: Run, carso: CARSO, script: str = "evaluate.py", **state) -> None
         resumable.unlink()
 
     images, labels = run.data.test_images[:500], run.data.test_labels[:500]
-    clean = measure_accuracy(carso, images, labels, batch_size=max(1, 250 // max(1, carso.samples)))
+    clean = measure_accuracy(carso, images, labels, batch_size=10)  # each becomes S
     bare = measure_accuracy(carso.classifier, images, labels)
     run.say(f"CARSO: clean {clean:.1%}, its classifier alone {bare:.1%}, on {len(labels)} test pictures")
     reduced = [] if run.data.name in PRESETS else ["--budget", "reduced"]  # of the paper's it would take hours
@@ -892,7 +873,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--micro-batch", type=int, help="to save memory: attacks and representations so many pictures at a time, the "
         "purifier's activations computed twice; the same result (default: all at once)")  # fmt: skip
-    add("--save-every", type=float, default=10, help="minutes between checkpoints (default: 10)")
     group = parser.add_argument_group("preset", "every number can be overridden; in brackets the presets' own")
     for field in dataclasses.fields(Preset):
         kind = {"action": argparse.BooleanOptionalAction}
@@ -929,21 +909,20 @@ def load_inputs(args: argparse.Namespace, device: torch.device) -> tuple[dataset
     return data, fetch_classifier(data, name, args.data_dir, device)
 
 
-def plan_training(args: argparse.Namespace, data: datasets.Dataset, given: WideResNet | None, ranks: Ranks) -> Preset:
-    """The preset with the command line's numbers, the sizes of a given classifier, and batches that fit the data.
+def plan_training(args: argparse.Namespace, data: datasets.Dataset, start: WideResNet | None, ranks: Ranks) -> Preset:
+    """The preset with the command line's numbers, the sizes of the classifier `start`, and batches that fit the data.
     Raises ValueError for numbers that make no sense."""
-    numbers = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)}
-    numbers = {name: number for name, number in numbers.items() if number is not None}
-    if given is not None:
-        sizes = {name: given.config[name] for name in ("depth", "width")}
-        for name, size in sizes.items():
-            if numbers.get(name, size) != size:
-                raise ValueError(f"--{name} {numbers[name]} is not that of --classifier, {size}: leave it out")
-        numbers |= sizes
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)}
+    given = {name: number for name, number in given.items() if number is not None}
+    if start is not None:
+        for name in ("depth", "width"):
+            size = start.config[name]
+            if given.setdefault(name, size) != size:
+                raise ValueError(f"--{name} {given[name]} is not that of --classifier, {size}: leave it out")
+
     is_known = data.name in PRESETS
-    usual = choose_preset(args.preset or (data.name if is_known else "cifar10"), numbers)
-    p = fit_batches(usual, "classifier_", data, numbers, ranks.count)
-    p = fit_batches(p, "", data, numbers, ranks.count)
+    usual = choose_preset(args.preset or (data.name if is_known else "cifar10"), given)
+    p = fit_batches(usual, len(data.train_labels), given, ranks.count)
     if ranks.is_first and not args.preset and not is_known:
         print("the preset is cifar10's: a network for a GPU; --preset digits has a small one")
     if ranks.is_first and p != usual:
@@ -963,33 +942,32 @@ def main(argv=None, perturb=attack_batches, **settings) -> int:
     """The exit status. perturb: see `train_purifier`; settings: of it, for config.json."""
     args = parse_arguments(argv)
     ranks = start_ranks(start_device(args.device))
-    data, given = ranks.take_turns(partial(load_inputs, args, ranks.device))
-    p = plan_training(args, data, given, ranks)
+    data, start = ranks.take_turns(partial(load_inputs, args, ranks.device))
+    p = plan_training(args, data, start, ranks)
 
-    classifier = given
-    if given is None:
-        torch.manual_seed(args.seed)
-        sizes = len(data.classes), p.depth, p.width, data.train_images.shape[1]
-        classifier = WideResNet(*sizes, data.mean, data.std).to(ranks.device)
+    torch.manual_seed(args.seed)
+    shape = tuple(data.train_images.shape[1:])
+    classifier = start
+    if start is None:
+        classifier = WideResNet(len(data.classes), p.depth, p.width, shape[0], data.mean, data.std).to(ranks.device)
     carso = None
     if args.stage == "all":  # already now: a defence that cannot be built is refused before the training
-        layers, shape = find_layers(classifier, args.tap), tuple(data.train_images.shape[1:])
+        layers = find_layers(classifier, args.tap)
         torch.manual_seed(args.seed)
         carso = build_carso(classifier, layers, shape, p.samples, p.condition_dim, p.latent_dim, p.decoder_width)
 
     folder = name_folder(args.dataset, args.name)
-    settings["tap"] = args.tap
     ranks.check_alike({"stage": args.stage})
-    run = Run(folder, data, p, given, ranks, args.seed, args.micro_batch, 60 * args.save_every, **settings)
+    run = Run(folder, data, p, start, ranks, args.seed, args.micro_batch, tap=args.tap, **settings)
     if run.is_complete():
         return 0
-    run.say(f"{data.name}: {len(data.train_labels)} training pictures {tuple(data.train_images.shape[1:])}, "
+    run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, "
             f"{len(data.classes)} classes; {ranks.count} process(es) on {ranks.device.type}")  # fmt: skip
     for note in data.notes:
         run.say(note)
 
     with run.stopping_gently():
-        if given is None:
+        if start is None:
             make_classifier(run, classifier)
         if carso is None:
             path = str(folder / "classifier.pt")

@@ -51,7 +51,7 @@ def attack_training_set(versions: int, run: Run, classifier: nn.Module) -> torch
     chunks = [(version, part) for version in range(versions) for part in torch.arange(len(run.labels)).split(CHUNK)]
     run.say(f"attack: {versions} version(s) of {len(run.labels)} pictures")
     for number, (version, part) in enumerate(chunks[ranks.rank :: ranks.count]):
-        run.say_every_minute(f"attack: chunk {number * ranks.count} of {len(chunks)}")
+        run.say(f"attack: chunk {number * ranks.count} of {len(chunks)}", after=60)
         path = run.folder / "attacked" / f"{version}-{int(part[0]):07}.pt"
         if not path.is_file():
             x, y = datasets.pixels(run.images[part]), run.labels[part]

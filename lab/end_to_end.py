@@ -82,7 +82,7 @@ def train_end_to_end(run: Run, carso: EndToEndCARSO, attack_steps: int, samples:
     for encoder in (purifier.image_encoder, purifier.joint_head, purifier.to_mu, purifier.to_logvar):
         encoder.requires_grad_(False)  # z comes from the prior, as in use
     optimizer = torch.optim.Adam([w for w in purifier.parameters() if w.requires_grad], p.learning_rate)
-    network = ranks.wrap(WholePass(carso), trained=purifier)
+    network = ranks.wrap(WholePass(carso))
     steps = run.count_steps(p.batch_size)
     average = AveragedModel(purifier, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps), use_buffers=True)
 
@@ -90,12 +90,11 @@ def train_end_to_end(run: Run, carso: EndToEndCARSO, attack_steps: int, samples:
     stage = Stage(run, "end-to-end", p.epochs, p.batch_size, parts, ("loss", "bce", "robust"))
     for epoch in stage.epochs():
         for batch in stage.batches(epoch):
-            done = (epoch + batch.number / steps) / p.epochs
+            done = (epoch + batch.step / steps) / p.epochs
             optimizer.param_groups[0]["lr"] = p.learning_rate * (1 - done)
             clean, y = run.load_pictures(batch)
             noise = run.draw_noise(batch)
-            if p.augment:
-                clean = run.augment(clean, batch)
+            clean = run.augment(clean, batch)
             shape = (attack_steps + 1, len(batch.indices), samples, purifier.config["latent_dim"])
             draws = torch.randn(shape, generator=batch.generator, device=ranks.device)
             *codes, last = (ranks.share(part) for part in draws)
@@ -154,7 +153,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="default: 0")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--micro-batch", type=int, help="to save memory: pictures attacked at a time (default: all)")
-    add("--save-every", type=float, default=10, help="minutes between checkpoints (default: 10)")
     args = parser.parse_args(argv)
     for name in ("attack_steps", "samples", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -180,12 +178,12 @@ def main(argv=None) -> int:
     numbers = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "eps", "bf16")}
     numbers = {name: number for name, number in numbers.items() if number is not None}
     p = Preset(**earlier | usual | {"learning_rate": 1e-3} | numbers)
-    p = fit_batches(p, "", data, numbers, ranks.count)
+    p = fit_batches(p, len(data.train_labels), numbers, ranks.count)
 
     folder = name_folder(dataset, args.name, "-end-to-end")
     training = {name: getattr(args, name) for name in ("attack_steps", "samples", "reconstruction")}
     settings = {"end_to_end": training | {"own_answer": args.own_answer}}
-    run = Run(folder, data, p, carso, ranks, args.seed, args.micro_batch, 60 * args.save_every, **settings)
+    run = Run(folder, data, p, carso, ranks, args.seed, args.micro_batch, **settings)
     if run.is_complete():
         return 0
     with run.stopping_gently():

@@ -9,12 +9,12 @@ import io
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import types
 import weakref
 
@@ -129,13 +129,11 @@ def test_schedules_move_by_step_where_an_epoch_is_short_but_not_in_radams_first_
 )  # fmt: skip
 def test_small_sets_get_batches_of_a_tenth_and_lower_rates(count, batches, rates):
     p = PRESETS["cifar10"]
-    data = types.SimpleNamespace(train_labels=range(count))
-    for stage in ("classifier_", ""):
-        p = train.fit_batches(p, stage, data, {}, processes=1)
+    p = train.fit_batches(p, count, {}, processes=1)
     assert (p.classifier_batch_size, p.batch_size) == batches
     assert (p.classifier_learning_rate, p.learning_rate) == pytest.approx(rates, rel=0.02)
     for given in ({"batch_size": 5120}, {"learning_rate": 0.064}):
-        assert train.fit_batches(PRESETS["cifar10"], "", data, given, processes=1).learning_rate == 0.064
+        assert train.fit_batches(PRESETS["cifar10"], count, given, processes=1).learning_rate == 0.064
 
 
 def test_averaged_batchnorm_has_the_statistics_of_the_data():
@@ -161,26 +159,24 @@ def one_rank():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5, 5)])
-@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_global_batch_norm_is_batch_norm(one_rank, shape, dtype, close):
-    """Output, gradients and running statistics; under autocast the layer stays float32 while x is bfloat16."""
-    torch.manual_seed(0)
-    x, ways = torch.randn(shape).to(dtype), []
-    for ours in (True, False):
-        layer = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(4)
-        layer = layer.double() if dtype == torch.float64 else layer
-        nn.init.uniform_(layer.weight, generator=torch.Generator().manual_seed(1))
-        forward = functools.partial(train.global_batch_norm, layer) if ours else layer
-        lead = x.clone().requires_grad_()
-        out = forward(lead)
+@pytest.mark.parametrize("shape, dtype", [((6, 4), torch.float64), ((6, 4, 5, 5), torch.bfloat16)])
+def test_global_batch_norm_is_batch_norm_of_all_ranks_rows(one_rank, shape, dtype):
+    """Output, gradients and running statistics of the second of three ranks; the others' pictures are zeros."""
+    ranks = Ranks(CPU, 1, 3)
+    ranks.sum = lambda counts: counts + torch.tensor([2, 0, 3])
+    x = torch.randn(shape, dtype=dtype)
+    rows = torch.cat([x.new_zeros(2, *shape[1:]), x, x.new_zeros(3, *shape[1:])])
+    ways = []
+    for pictures in (x, rows):
+        layer = nn.BatchNorm1d(4) if len(shape) == 2 else nn.BatchNorm2d(4)
+        layer.to(dtype if dtype == torch.float64 else torch.float32)
+        pictures.requires_grad_()
+        out = layer(pictures)[2:8] if pictures is rows else train.global_batch_norm(ranks, layer, pictures)
         out.square().sum().backward()
-        numbers = [out, lead.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
-        layer.eval()
-        ways.append([n.detach() for n in [*numbers, forward(x)]])
-        assert out.dtype == dtype
-    for mine, theirs in zip(*ways, strict=True):
-        assert_close(mine, theirs, rtol=close, atol=close)
+        gradient = pictures.grad[-9:-3] if pictures is rows else pictures.grad
+        ways.append([out, gradient, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+        ways[-1].append(layer.eval()(x))
+    assert_close(*ways)
 
 
 def some_digits(count: int, classes: int = 10) -> datasets.Dataset:
@@ -206,9 +202,9 @@ def some_run(folder, data=None, p=PRESETS["digits"], start=None, ranks=None, **m
 def some_batches(run: Run, *sizes, first=0) -> list[Batch]:
     """Consecutive batches of these sizes."""
     batches = []
-    for number, size in enumerate(sizes):
-        generator = run.make_generator("purifier", 0, number)
-        batches.append(Batch(0, number, torch.arange(first, first + size) % len(run.labels), first, generator))
+    for step, size in enumerate(sizes):
+        generator = run.make_generator("purifier", 0, step)
+        batches.append(Batch(0, step, torch.arange(first, first + size) % len(run.labels), first, generator))
         first += size
     return batches
 
@@ -281,8 +277,8 @@ def test_sums_are_complete_wherever_a_run_is_stopped(tmp_path):
 
     def loop(stop_at):
         def step(batch):
-            run.stopping |= (batch.epoch, batch.number) == stop_at
-            assert batch.first == 72 * batch.epoch + 9 * batch.number
+            run.stopping |= (batch.epoch, batch.step) == stop_at
+            assert batch.first == 72 * batch.epoch + 9 * batch.step
             return batch.indices.sum()[None]
 
         run = some_run(tmp_path)
@@ -297,29 +293,19 @@ def test_sums_are_complete_wherever_a_run_is_stopped(tmp_path):
     assert (tmp_path / "log-stage.tsv").read_text().splitlines() == ["epoch\tsum", "0\t35.5", "1\t35.5"]
 
 
-@pytest.mark.parametrize("pace", [25, 0])
-def test_a_long_epoch_says_every_minute_how_long_the_rest_takes(tmp_path, monkeypatch, capsys, pace):
-    """pace: seconds a step; where they are short, a coarse clock may stand still."""
+def test_a_long_epoch_says_every_minute_how_long_the_rest_takes(tmp_path, monkeypatch, capsys):
     now = 0
 
     def step(_):
         nonlocal now
-        now += pace
+        now += 25  # seconds
         return torch.tensor([9.0])
 
     monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
-    train_stage(some_run(tmp_path, save_every=1e9), step)
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1].split()[::3] == ["1", "0m00s"]
-    left = {(0, 3): "5m25s", (0, 6): "4m10s", (1, 3): "2m05s", (1, 6): "0m50s"} if pace else {}
-    lines = [f"stage: epoch {epoch}, batch {batch} of 8, {time} left" for (epoch, batch), time in left.items()]
-    assert [line for line in said if "batch " in line] == lines
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="stage: the loss is not finite at epoch 0, step 4: choose a lower"):
-        train_stage(some_run(tmp_path, save_every=0), lambda b: torch.tensor([1.0 if b.number != 4 else torch.nan]))
-    assert load_tensors(tmp_path / "stage.resume.pt")["step"] == 4
+    train_stage(some_run(tmp_path), step)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "batch " in line]
+    left = {(0, 3): "0:05:25", (0, 6): "0:04:10", (1, 3): "0:02:05", (1, 6): "0:00:50"}
+    assert lines == [f"stage: epoch {epoch}, batch {batch} of 8, {time} left" for (epoch, batch), time in left.items()]
 
 
 def test_a_folder_belongs_to_one_network_one_data_set_and_one_preset(tmp_path):
@@ -482,7 +468,7 @@ models.run_script({script!r}, lambda: {script}.main(sys.argv[1:]))
         return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT | variables, stdout=file, stderr=subprocess.STDOUT)
 
 
-def pair(folders, *options, patches=("", ""), script="train", local_ranks="01") -> list[int]:
+def pair(folders, *options, patches=("", ""), script="train") -> list[int]:
     """Statuses of two processes that act as one, by torchrun's variables. They say all into said-RANK.txt."""
     if DEVICE == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("two processes want a GPU each")
@@ -491,25 +477,31 @@ def pair(folders, *options, patches=("", ""), script="train", local_ranks="01") 
     variables |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
     processes = []
     for rank, folder in enumerate(folders):
-        own = {"RANK": f"{rank}", "LOCAL_RANK": local_ranks[rank]}
+        own = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
         how = dict(script=script, patch=patches[rank], said=f"said-{rank}.txt")
         processes.append(start(folder, *options, **how, **variables, **own))
     return [process.wait(timeout=100) for process in processes]
 
 
-def kill(folder, file: str, times: int, *options, script="train") -> str:
-    """What the script says until SIGKILL, which comes when it is about to put a file in place for the n-th time."""
-    patch = f"""
-left, real = [{times}], os.replace
-def replace(source, target):
-    left[0] -= os.path.basename(target) == {file!r}
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(source, target)
-os.replace = replace
-"""
-    assert start(folder, *options, script=script, patch=patch).wait(timeout=100) == -signal.SIGKILL
-    return (folder / "said.txt").read_text()
+class Killed(BaseException):
+    pass
+
+
+def kill(folder, file: str, times: int, *options, **script) -> None:
+    """End the script, in this process, when it is about to put a file in place for the n-th time."""
+    left, real = times, os.replace
+
+    def replace(source, target):
+        nonlocal left
+        left -= os.path.basename(target) == file
+        if left == 0:
+            raise Killed
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "SAVE_EVERY", 0)
+        patch.setattr(os, "replace", replace)
+        here(folder, *options, **script)
 
 
 def write_tiny(folder) -> None:
@@ -557,7 +549,7 @@ def test_a_run_leaves_what_it_promises_and_says_what_it_logs(folder):
         log = [line.split("\t") for line in (whole / f"log-{stage}.tsv").read_text().splitlines()]
         rows = [log[0]] + [[row[0], *(f"{float(value):.5g}" for value in row[1:])] for row in log[1:]]
         assert rows == [line[: len(log[0])] for line in printed[: len(log)]]
-        assert printed[len(log) - 1][-1] == "0m00s"
+        assert printed[len(log) - 1][-1] == "0:00:00"
         del printed[: len(log)]
     assert not printed
     purifier = np.loadtxt(whole / "log-purifier.tsv", skiprows=1)  # means: of 1024 pixels, about log 2 each
@@ -566,17 +558,26 @@ def test_a_run_leaves_what_it_promises_and_says_what_it_logs(folder):
     assert "is complete" in here(folder, *OPTIONS, "--name", "whole")
 
 
+KILL = """
+def kill(source, target):
+    if os.path.basename(target) == "classifier.resume.pt":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+replace, os.replace, train.SAVE_EVERY = os.replace, kill, 0
+"""
+
+
 def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(folder):
-    """SIGKILL in the moment between writing and renaming a checkpoint."""
-    options = [*OPTIONS, "--name", "killed", "--save-every", "0"]
+    """Between writing and renaming a checkpoint; the first time by SIGKILL."""
+    options = [*OPTIONS, "--name", "killed"]
     left = folder / "runs" / "killed"
-    said = kill(folder, "classifier.resume.pt", 3, *options)
-    assert "classifier: 1 epochs of 45 pictures" in said  # nobody has to wait until a buffer is full
-    assert list(left.glob(".classifier.resume.pt.*.part")) and not (left / "classifier.pt").exists()
-    said = kill(folder, "purifier.resume.pt", 8, *options)
-    assert "classifier: 1 epochs of 45 pictures in batches of 15, going on at epoch 0, step 2" in said
-    said = kill(folder, "batchnorm.resume.pt", 4, *options)
-    assert "classifier: 1 epochs" not in said and "going on at epoch 1, step 2" in said
+    assert start(folder, *options, patch=KILL).wait(timeout=100) == -signal.SIGKILL
+    assert "classifier: 1 epochs of 45 pictures" in (folder / "said.txt").read_text()  # it is not held back
+    assert list(left.glob(".classifier.resume.pt.*.part")) and not (left / "classifier.resume.pt").exists()
+
+    kill(folder, "classifier.resume.pt", 3, *options)
+    kill(folder, "purifier.resume.pt", 8, *options)
+    kill(folder, "batchnorm.resume.pt", 4, *options)
     said = here(folder, *options)
     assert "in batches of 9, going on at epoch 2, step 0" in said and "going on at epoch 0, step 3" in said
     assert {path.name for path in left.iterdir()} == WHOLE
@@ -607,23 +608,13 @@ def test_a_stopped_run_saves_first_and_ends_as_if_it_had_not_been(folder, monkey
     assert_same(folder / "runs" / "whole", folder / "runs" / name)
 
 
-def test_another_thread_trains_without_signals(folder):
-    said = []
-    options = [*OPTIONS, "--name", "thread", "--classifier", "runs/whole/classifier.pt", "--epochs", "1"]
-    thread = threading.Thread(target=lambda: said.append(train.main(options)))
-    with contextlib.chdir(folder):
-        thread.start()
-        thread.join()
-    assert said == [0] and (folder / "runs" / "thread" / "carso.pt").is_file()
-
-
 # ------------------------------------------------------------------------------------------------- several processes
 
 HASH = """
 add = train.Stage.add
 def hashed(stage, batch, sums):
     network = stage.parts.get("purifier", stage.parts.get("network"))
-    print("weights", stage.name, batch.epoch, batch.number, models.hash_weights(network))
+    print("weights", stage.name, batch.epoch, batch.step, models.hash_weights(network))
     add(stage, batch, sums)
 train.Stage.add = hashed
 """
@@ -631,19 +622,6 @@ train.Stage.add = hashed
 
 def said_by(folders) -> list[list[str]]:
     return [(folder / f"said-{rank}.txt").read_text().splitlines() for rank, folder in enumerate(folders)]
-
-
-def test_two_processes_of_torchrun_give_the_same_weights(folder):
-    """Stage one, to save time; the next test has both."""
-    if DEVICE == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("two processes want a GPU each")
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    said = execute(folder, *torchrun, ROOT / "train.py", *OPTIONS, "--name", "two", "--stage", "classifier")
-    assert "2 process(es)" in said and "Warning" not in said
-    assert said.count("classifier: clean") == 1  # one speaks for all
-    one, two = (load_tensors(folder / "runs" / n / "classifier.pt")["state_dict"] for n in ("whole", "two"))
-    for key in one:
-        assert_close(one[key], two[key], rtol=CLOSE, atol=CLOSE)
 
 
 def test_two_processes_without_a_shared_folder_stop_and_go_on_in_any_number(folder, tmp_path):
@@ -664,15 +642,35 @@ def test_two_processes_without_a_shared_folder_stop_and_go_on_in_any_number(fold
     assert pair(folders, *OPTIONS, patches=(HASH, HASH)) == [0, 0]
     first, second = ([line for line in said if line.startswith("weights")] for said in said_by(folders))
     assert first == second and len(first) == 3 + 5
-    said = "\n".join(said_by(folders)[0])
-    assert "classifier: 1 epochs" not in said and "going on at epoch 1, step 2" in said
+    said, other = ("\n".join(lines) for lines in said_by(folders))
+    assert "2 process(es)" in said and "going on at epoch 1, step 2" in said and "now: python" in said
+    assert "classifier: 1 epochs" not in said and "Warning" not in said + other
+    assert "going on" not in other  # one speaks for all
     assert_same(folder / "runs" / "whole", folders[0] / "runs" / "tiny", close=CLOSE)
 
     assert "going on at epoch 1, step 2" in here(tmp_path, *OPTIONS)  # alone
     assert_same(folder / "runs" / "whole", tmp_path / "runs" / "tiny", close=CLOSE)
 
 
-def test_processes_with_other_data_or_weights_are_refused_by_the_first(tmp_path):
+ASK_RANKS = """
+import torch
+ranks, start_ranks = train.start_ranks(torch.device("cpu")), train.start_ranks
+train.start_ranks = lambda device: ranks
+
+def fail():
+    raise OSError("rank 1 finds no file")
+
+print("loaded", ranks.take_turns(lambda: os.environ["RANK"]))
+for do in (lambda: ranks.agree(fail, ranks.rank == 1), lambda: ranks.check_alike({"one": 1, "two": ranks.rank})):
+    try:
+        do()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_two_processes_agree_on_errors_and_refuse_to_differ(tmp_path):
+    """In single calls; and in the script, where one has other pictures and another network."""
     folders = tmp_path / "here", tmp_path / "elsewhere"
     normalisation = {"mean": torch.tensor([0.5]), "std": torch.tensor([0.5])}
     for each in folders:
@@ -681,26 +679,12 @@ def test_processes_with_other_data_or_weights_are_refused_by_the_first(tmp_path)
         models.save_tensors(each / "given.pt", {"state_dict": WideResNet(3, 10, 1, 1).state_dict() | normalisation})
     arrays = dict(np.load(folders[1] / "tiny.npz"))
     np.savez(folders[1] / "tiny.npz", **arrays | {"train_images": 255 - arrays["train_images"]})
-    assert pair(folders, *OPTIONS, "--classifier", "given.pt") == [2, 2]
-    one, other = said_by(folders)
-    here, there = r"\w+ in process 0", r"\w+ in process 1"
-    assert re.match(
-        rf"train: the processes differ \(data: {here}, {there}; weights: {here}, {there}\): give all", one[-1]
-    )
-    assert other == [] and not any((each / "runs").exists() for each in folders)
-
-
-@pytest.mark.parametrize("missing, local_ranks", [(0, "01"), (1, "00")])
-def test_the_process_that_fails_to_load_for_its_machine_speaks_alone(tmp_path, missing, local_ranks):
-    """Two processes of one machine, where only the first may try; one process on each of two machines."""
-    folders = tmp_path / "here", tmp_path / "elsewhere"
-    for rank, each in enumerate(folders):
-        each.mkdir()
-        if rank != missing:
-            write_tiny(each)
-    assert pair(folders, *OPTIONS, local_ranks=local_ranks) == [2, 2]
-    said = said_by(folders)
-    assert said[missing][-1].startswith("train: tiny.npz is none of") and said[1 - missing] == []
+    assert pair(folders, *OPTIONS, "--classifier", "given.pt", patches=(ASK_RANKS, ASK_RANKS)) == [2, 2]
+    for rank, said in enumerate(said_by(folders)):
+        advice = "give all the same data, weights and options"
+        assert [f"loaded {rank}", "rank 1 finds no file", f"the processes differ in two: {advice}"] == said[:3]
+        assert said[-1] == f"train: the processes differ in data, weights: {advice}"
+    assert not any((each / "runs").exists() for each in folders)
 
 
 @pytest.mark.parametrize("how", [["--micro-batch", "4"], ["--bf16"]])
@@ -767,7 +751,8 @@ def test_the_cards_own_line_on_eight_processes(tmp_path, monkeypatch):
     assert_same(tmp_path / "runs" / "alone", tmp_path / "runs" / "cifar10", close=1e-3)
 
     numbers = "--attack rand --pictures 16 --chunk 2 --steps 2 --eot 1 --select 2 --draws 2 --device cpu".split()
-    evaluation = [ROOT / "evaluate.py", "--ckpt", "runs/cifar10/carso.pt", *numbers]
+    # At the training's eps an attack's step is lost among roundings, and the audit says so.
+    evaluation = [ROOT / "evaluate.py", "--ckpt", "runs/cifar10/carso.pt", "--eps", "8/255", *numbers]
     execute(tmp_path, *torchrun, *evaluation, "--out", "eight")
     execute(tmp_path, *evaluation, "--out", "one")
     assert (tmp_path / "eight" / "rows.tsv").read_text() == (tmp_path / "one" / "rows.tsv").read_text()
@@ -855,32 +840,24 @@ def test_published_is_the_default_where_it_exists(tmp_path, monkeypatch, options
 
     loaded, data = [None], dataclasses.replace(some_digits(60), name="cifar10")
     monkeypatch.setattr(datasets, "load", lambda *_: data)
-    published = WideResNet(10, 28, 10, 1)
+    published = WideResNet(10, 10, 1, 1)  # small, to save time
     monkeypatch.setattr(train, "fetch_classifier", lambda _, name, *__: loaded.append(name) or published)
     monkeypatch.setattr(train, "make_classifier", functools.partial(stop, "train"))
     monkeypatch.setattr(train, "train_purifier", functools.partial(stop, "keep"))
     assert here(tmp_path, "--dataset", "cifar10", *options, code=2).splitlines()[-1] == f"train.py: {want}"
 
 
-@pytest.mark.parametrize("name, samples", [("digits", 3), ("mine.npz", 300)])
-def test_the_last_lines_say_how_to_go_on(tmp_path, tiny_carso, monkeypatch, capsys, name, samples):
+@pytest.mark.parametrize("name, clean", [("digits", 0.85), ("mine.npz", 0.75)])
+def test_the_last_lines_say_how_to_go_on(tmp_path, tiny_carso, monkeypatch, capsys, name, clean):
     """In a command for the shell; the reduced budget for own pictures only. Where CARSO is far below its classifier on
     clean pictures, the training was too short."""
-    tiny_carso.samples = samples
-    data = some_digits(72)
-    data = dataclasses.replace(data, name=name, test_images=data.test_images[:2], test_labels=data.test_labels[:2])
-    run = some_run(tmp_path / "it's a run", data)
-    for clean, too_short in ((0.85, False), (0.75, True)):
-        monkeypatch.setattr(train, "measure_accuracy", lambda model, *_, **__: clean if model is tiny_carso else 0.9)  # noqa: B023
-        train.finish(run, tiny_carso)
-        said = capsys.readouterr().out.splitlines()
-        hint = said[1].split("now: ")[1]
-        assert f"clean {clean:.1%}, its classifier alone 90.0%, on 2 test pictures" in said[0]
-        assert ("train longer" in said[-1]) == too_short and len(said) == 2 + too_short
-        shell = ["sh", "-c", f'printf "%s\\n" {hint}']
-        arguments = subprocess.run(shell, capture_output=True, text=True).stdout.splitlines()
-        assert arguments[:4] == ["python", "evaluate.py", "--ckpt", str(run.folder / "carso.pt")]
-        assert arguments[4:] == ([] if name == "digits" else ["--budget", "reduced"])
+    monkeypatch.setattr(train, "measure_accuracy", lambda model, *_, **__: clean if model is tiny_carso else 0.9)
+    train.finish(some_run(tmp_path / "it's a run", dataclasses.replace(some_digits(72), name=name)), tiny_carso)
+    result, hint, *warning = capsys.readouterr().out.splitlines()
+    assert f"clean {clean:.1%}, its classifier alone 90.0%, on 500 test pictures" in result
+    command = ["python", "evaluate.py", "--ckpt", str(tmp_path / "it's a run" / "carso.pt")]
+    assert shlex.split(hint.removeprefix("now: ")) == command + ["--budget", "reduced"] * (name == "mine.npz")
+    assert [line for line in warning if "train longer" in line] == warning and len(warning) == (clean == 0.75)
 
 
 def test_files_say_what_they_were_trained_on(folder):
@@ -910,9 +887,9 @@ def test_help_shows_the_defaults(capsys):
 # --------------------------------------------------------------------------------------------------- a script's bad day
 
 
-@pytest.mark.parametrize("at, sentence", [(1, "the loss is not finite at epoch 0"), (3, "a weight is not finite")])
+@pytest.mark.parametrize("at, what", [(1, "epoch 0, step 1: the loss"), (3, "a weight")])
 @pytest.mark.parametrize("stage, kind", [("classifier", torch.optim.SGD), ("purifier", torch.optim.RAdam)])
-def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, given, monkeypatch, stage, kind, at, sentence):
+def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, given, monkeypatch, stage, kind, at, what):
     """After the last of three steps only the weights show it."""
     steps, real = iter(range(1, 4)), kind.step
 
@@ -924,8 +901,7 @@ def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, given, monkeypa
     monkeypatch.setattr(kind, "step", step)
     options = OPTIONS if stage == "classifier" else [*given, "--batch-size", "15"]
     said = here(folder, *options, "--name", f"{stage}-{at}", code=2).splitlines()[-1]
-    assert said.startswith(f"train.py: {stage}: {sentence}")
-    assert said.endswith(": choose a lower learning rate, and another --name")
+    assert said == f"train.py: {stage}: {what} is not finite: choose a lower learning rate, and another --name"
     assert not list((folder / "runs" / f"{stage}-{at}").glob("*.pt"))
 
 
@@ -979,16 +955,6 @@ def test_weights_that_do_not_fit_the_data_are_refused_by_name(folder, channels, 
 def test_a_depth_that_is_not_that_of_the_given_weights_is_refused(folder, given):
     said = here(folder, *given, "--name", "deeper", "--depth", "22", code=2)
     assert "--depth 22 is not that of" in said and not (folder / "runs" / "deeper").exists()
-
-
-def test_a_complete_run_is_left_as_it_is_by_other_settings(folder, tmp_path):
-    shutil.copy(folder / "tiny.npz", tmp_path)
-    shutil.copytree(folder / "runs" / "whole", tmp_path / "runs" / "whole")
-    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.*")}
-    said = here(tmp_path, *OPTIONS, "--name", "whole", "--eps", "1/4", "--seed", "3", code=2)
-    assert "runs/whole holds other settings (seed: 0 there, 3 now; eps: 1e-05 there, 0.25 now)" in said
-    assert "choose another folder (--name)" in said
-    assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.*")} == before
 
 
 @pytest.mark.parametrize("file", ["classifier.pt", "classifier.resume.pt", "purifier.resume.pt", "batchnorm.resume.pt"])

@@ -78,8 +78,8 @@ def test_end_to_end_trains_the_decoders_path_and_nothing_else(folder):
 
 
 def test_end_to_end_killed_goes_on_and_ends_as_if_it_had_not_been(folder):
-    options = [*END, "--name", "end-killed", "--save-every", "0"]
-    kill(folder, "end-to-end.resume.pt", 8, *options, script="lab.end_to_end")
+    options = [*END, "--name", "end-killed"]
+    kill(folder, "end-to-end.resume.pt", 8, *options, **train_end)
     assert "going on at epoch 1, step 2" in here(folder, *options, **train_end)
     assert_same(folder / "runs" / "end", folder / "runs" / "end-killed")
 
@@ -316,14 +316,14 @@ lab.attack_once.adversarially_balanced_batch = stopped
 @pytest.mark.parametrize("how", ["killed", "two processes"])
 def test_the_script_leaves_the_same_files_and_weights(folder, how):
     """Also where one of two processes is asked to stop, and both do."""
-    options, script = [*ONCE, "--name", f"once {how}"], "lab.attack_once"
+    options = [*ONCE, "--name", f"once {how}"]
     if how == "killed":
-        kill(folder, "2-0000000.pt", 1, *options, script=script)
+        kill(folder, "2-0000000.pt", 1, *options, **train_once)
         assert sorted(files_of(folder, f"once {how}")) == ["0-0000000.pt", "1-0000000.pt"]
-        here(folder, *options, **train_once)
     else:
-        assert pair([folder] * 2, *options, patches=("", STOP_IN_AN_ATTACK), script=script) == [130, 130]
-        assert pair([folder] * 2, *options, script=script) == [0, 0]
+        patches = ("", STOP_IN_AN_ATTACK)
+        assert pair([folder] * 2, *options, patches=patches, script="lab.attack_once") == [130, 130]
+    here(folder, *options, **train_once)
     one, other = files_of(folder, "once"), files_of(folder, f"once {how}")
     assert one.keys() == other.keys() == {f"{version}-0000000.pt" for version in range(4)}
     assert all(torch.equal(one[name], other[name]) for name in one)
