@@ -390,10 +390,10 @@ def hold_noise(seen: Seen, x: torch.Tensor, seed: int) -> Callable:
 def find_unexplained(e: Evaluation, begin, end, y: torch.Tensor, seed: int, by_majority=False) -> torch.Tensor:
     """Of which pictures the gradients do not explain how the answer changes from begin to end, (B,) bool.
 
-    A picture whose error is above 0.2 is looked at again with more points: an honest error shrinks. Where most are above
-    it with 32 points, the slope changes within an attack's step and is of no use to it, derivative or not. Measured on
-    digits: honest models stay below, and most pictures of masked ones lie above 0.3 (RESULTS.md). by_majority: single
-    pictures count only where most others agree."""
+    A picture whose error is above 0.2 is looked at again with more points: an honest error shrinks. Where most are
+    above it with 32 points, the slope changes within an attack's step and is of no use to it, derivative or not.
+    Measured on digits: honest models stay below, and most pictures of masked ones lie above 0.3 (RESULTS.md).
+    by_majority: single pictures count only where most others agree."""
     seen = e.see_view()
     seen.samples = min(seen.samples, 2)  # two members tell enough
     tolerated = len(y) // 2 if by_majority else 0
@@ -622,9 +622,7 @@ def find_faults(e: Evaluation, table: dict[str, dict]) -> list[str]:
         if table[name]["nonfinite"] + table[name]["nonfinite_logits"] > 0:
             messages.append(f"{e.name}, {name}: outputs or gradients were not finite, and the attack did not move")
     followers = [table[name] for name in e.attacks if table[name]["gradients"] > 0]
-    if followers and all(
-        a["zero"] > 0.5 * a["gradients"] for a in followers
-    ):  # one loss may be flat, or a picture lost
+    if followers and all(a["zero"] > 0.9 * a["gradients"] for a in followers):  # one loss may be flat
         messages.append(f"{e.name}: most gradients of every attack were zero")
     return messages
 

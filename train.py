@@ -24,10 +24,12 @@ import math
 import os
 import shlex
 import signal
+import threading
 import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -249,12 +251,14 @@ def averaging_batchnorm(network: nn.Module):
     weights are the result, but the statistics collected on the way belong to the fast ones."""
     layers = find_batchnorms(network)
     momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
-    yield
-    for layer, momentum in zip(layers, momenta):
-        layer.momentum = momentum
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative average
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum
 
 
 def find_batchnorms(network: nn.Module) -> list[nn.Module]:
@@ -296,7 +300,7 @@ class Ranks:
 
     def agree(self, action, mine: bool):
         """action() where `mine` is true, None on the other ranks. Where it raises ValueError or OSError, every rank
-        raises ValueError, or the others would wait for one that has ended."""
+        ends, or the others would wait for one that has ended."""
         result, sentence = None, ""
         if mine:
             try:
@@ -305,8 +309,15 @@ class Ranks:
                 sentence = str(error)
         sentences = [text for text in self.gather(sentence) if text]
         if sentences:
-            raise ValueError(sentences[0])
+            self.refuse(sentences[0])
         return result
+
+    def refuse(self, sentence: str) -> NoReturn:
+        """Raises ValueError on rank 0, which speaks for all; the others end after it, without a word."""
+        if self.is_first:
+            raise ValueError(sentence)
+        time.sleep(1)  # torchrun ends all processes as soon as one has ended
+        raise SystemExit(2)
 
     def take_turns(self, load):
         """load(), on one process of each machine first, which may download and unpack for the others."""
@@ -316,13 +327,13 @@ class Ranks:
         return early if is_early else late
 
     def check_alike(self, settings: dict) -> None:
-        """Raises ValueError, on every rank, where the ranks have different settings."""
+        """Raises ValueError where the ranks have different settings."""
         everyone = self.gather(settings)
         keys = dict.fromkeys(itertools.chain(*everyone))
         different = [key for key in keys if any(theirs.get(key) != everyone[0].get(key) for theirs in everyone)]
         if different:
             names = ", ".join(different)
-            raise ValueError(f"the processes differ in {names}: give all the same data, weights and options")
+            self.refuse(f"the processes differ in {names}: give all the same data, weights and options")
 
     def load(self, path: Path) -> dict | None:
         """A file of tensors as rank 0 finds it, on the CPU; None where there is none. Folders need not be shared."""
@@ -517,7 +528,9 @@ class Run:
                 asked_at = now
             self.stopping = True
 
-        before = {name: signal.signal(name, ask) for name in (signal.SIGTERM, signal.SIGINT)}
+        is_main = threading.current_thread() is threading.main_thread()  # no other thread is told of signals
+        names = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+        before = {name: signal.signal(name, ask) for name in names}
         try:
             yield
         finally:

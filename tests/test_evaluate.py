@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
     """A checkpoint of a fresh CARSO for the digits, evaluated by the real script in whole/."""
     folder = tmp_path_factory.mktemp("evaluate")
     carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
-    state = {"dataset": "digits", "data_dir": "data", "config": {"eps": 0.2}, "classes": list("0123456789")}
+    state = {"dataset": "digits", "data_dir": "data", "config": {"eps": 0.05}, "classes": list("0123456789")}
     save_carso(folder / "carso.pt", carso, **state)
     (folder / "said.txt").write_text(run_script(folder, "--ckpt", "carso.pt", "--out", "whole", *OPTIONS))
     return folder
@@ -86,7 +86,7 @@ def test_report_has_the_stable_fields(folder):
     assert set(fields.split()) <= set(report) and set(report["attacks"]) == {"standard", "rand"}
     fields = "target accuracy interval steps eot standing seconds nonfinite_gradients zero_gradients"
     assert all(set(fields.split()) <= set(attack) for attack in report["attacks"].values())
-    assert (report["n"], report["eps"], report["samples"]) == (6, 0.2, 2) and report["audit"]["passed"]
+    assert (report["n"], report["eps"], report["samples"]) == (6, 0.05, 2) and report["audit"]["passed"]
     assert {name: a["target"] for name, a in report["attacks"].items()} == {"standard": "classifier", "rand": "defence"}
     left = {path.name for path in (folder / "whole").iterdir()}
     assert left == {"report.json", "report.md", "rows.tsv", "samples.png", "config.json", "work"}
@@ -256,7 +256,7 @@ def test_a_classifier_alone_is_evaluated(folder, call):
     classifier = load_carso(folder / "carso.pt")[0].classifier
     normalisation = {"mean": classifier.mean.flatten(), "std": classifier.std.flatten()}
     save_tensors(folder / "classifier.pt", {"state_dict": classifier.state_dict() | normalisation})
-    options = ["--ckpt", "classifier.pt", "--dataset", "digits", "--eps", "0.2", "--out", "classifier"]
+    options = ["--ckpt", "classifier.pt", "--dataset", "digits", "--eps", "0.05", "--out", "classifier"]
     status, said = call(*options, "--attack", "standard")
     assert status == 0 and "The classifier keeps" in said and "| defence" not in said
     of_the_whole = [row for row in read_rows(folder) if row["model"] == "classifier"]

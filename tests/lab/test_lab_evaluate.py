@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
     np.save(folder / "fit.npy", fit.T)
     (folder / "torchless.py").write_text("SCALE = 10.0\n")
     carso = fresh_carso(10, samples=2, condition_dim=8, latent_dim=4, decoder_width=8)
-    state = {"dataset": "digits", "data_dir": "data", "config": {"eps": 0.2}, "classes": list("0123456789")}
+    state = {"dataset": "digits", "data_dir": "data", "config": {"eps": 0.05}, "classes": list("0123456789")}
     save_carso(folder / "carso.pt", carso, **state)
     return folder
 
