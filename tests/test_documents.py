@@ -1,14 +1,17 @@
 """The shape of the repository, and what the README says of it: imports, tables, links, the code that it prints."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
+import evaluate
 import train
 from attacks import format_eps
 
@@ -64,18 +67,28 @@ def test_the_table_of_presets_is_true():
         assert line in README, line
 
 
-def test_options_in_the_readme_exist(capsys):
-    import evaluate
+def find_options(parse, capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    return set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
 
-    known = set()
-    for parse in (train.parse_arguments, evaluate.main):
-        try:
-            parse(["--help"])
-        except SystemExit:
-            known |= set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
-    commands = re.findall(r"(?:^|/)(?:torchrun.*?|python )?(?:train|evaluate)\.py (.*)", README, re.M)
-    named = {option for command in commands for option in re.findall(r"--[a-z0-9-]+", command.partition("#")[0])}
-    assert named and named <= known, named - known
+
+@pytest.mark.parametrize("page", ["README.md", "study.md"])
+def test_every_option_of_a_printed_command_exists(page, capsys):
+    """Also of the laboratory's, where it is there."""
+    text = (ROOT / page).read_text()
+    parsers = {"train.py": train.parse_arguments, "evaluate.py": evaluate.main}
+    for module in ("evaluate", "end_to_end", "attack_once", "compare", "plot", "bench"):
+        if (ROOT / "lab" / f"{module}.py").is_file():
+            parsers[f"-m lab.{module}"] = importlib.import_module(f"lab.{module}").main
+    for script, parse in parsers.items():
+        commands = re.findall(rf"python {re.escape(script)}(.*?)(?:[#`&]|$)", text, re.M)
+        commands += re.findall(rf"torchrun.*? {re.escape(script)}(.*?)(?:[#`&]|$)", text, re.M)
+        named = {option for command in commands for option in re.findall(r"--[a-z0-9-]+", command)}
+        known = find_options(parse, capsys) if named else set()
+        if script == "-m lab.attack_once":
+            known |= find_options(train.parse_arguments, capsys)  # it passes them on
+        assert named <= known, (script, named - known)
 
 
 def test_the_own_classifier_of_the_readme_is_trained_and_attacked(tmp_path):
