@@ -487,10 +487,12 @@ def run_attack(e: Evaluation, name: str, start: int, x: torch.Tensor, y: torch.T
         if not is_allowed(candidates, clean, e.settings["eps"]):
             raise RuntimeError(f"attack {name} left the eps-ball or [0, 1]: this is a fault of the attack")
 
-        e.reseed_for("select", start)  # the same noise for all candidates of a picture, whatever found them
-        z = decision.draw(x, e.settings["select"])
-        z = None if z is None else z[standing]
-        shares = [score(decision, found, labels, e.settings["select"], z).float().mean(1) for found in candidates]
+        shares = []
+        for found in candidates:
+            e.reseed_for("select", start)  # the same noise for all candidates of a picture, whatever found them
+            z = decision.draw(x, e.settings["select"])
+            z = None if z is None else z[standing]
+            shares.append(score(decision, found, labels, e.settings["select"], z).float().mean(1))
         select[standing], chosen = torch.stack(shares).min(0)
         adversarial[standing] = candidates[chosen, torch.arange(len(chosen))]
 
@@ -658,6 +660,9 @@ def format_report(r: dict) -> str:
         lines += ["**Reduced budget**: upper bounds, not benchmark numbers.", ""]
     lines += format_table(r["models"])
     lines += ["", "Accuracy: in %, the expectation over fresh draws of the noise, with a 95 % interval over pictures."]
+    if config["cascade"]:
+        lines.append("A picture that an attack took on every draw of the selection is not attacked again, and counts "
+                     "as wrong from there on.")  # fmt: skip
     least, robust = 100 * r["robust"]["least"], 100 * r["robust"]["accuracy"]
     if robust - least >= 0.05:
         lines.append(f"The worst is chosen on noisy draws: the true value lies between {least:.1f} and {robust:.1f}.")
@@ -723,7 +728,8 @@ def write_report(evaluations: list[Evaluation], about: dict, picture_numbers: li
     """report.json, report.md, rows.tsv and samples.png. Returns what report.json holds.
 
     about: "checkpoint", "dataset" and "notes". picture_numbers: as the user counts them. judge: finds a model's faults.
-    The last model is the one that is reported, and the first of two is what it is compared with."""
+    The last model is the one that is reported, and the first of two is what it is compared with: clean, noise and
+    robust are the last model's, attacks are all models' (target says whose)."""
     tables = {e.name: gather(e) for e in evaluations}
     models = {e.name: summarise_model(e, tables[e.name]) for e in evaluations}
     faults = [fault for e in evaluations for fault in judge(e, tables[e.name])]

@@ -450,7 +450,7 @@ class Run:
         weights = None if start is None else hash_weights(start)
         self.config = {"data": self.fingerprint, "weights": weights, "seed": seed}
         self.config |= settings | dataclasses.asdict(p)
-        ranks.check_alike(self.config)
+        ranks.check_alike(self.config | {"micro_batch": micro_batch})
         ranks.agree(self.claim_folder, ranks.is_first)
 
         self.images = data.train_images.to(ranks.device)

@@ -354,7 +354,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple:
         option = f"--control {args.control}" if args.control else f"--final {args.final}"
         raise ValueError(f"{option} is for a CARSO, and this model is none: leave it out")
     if args.final:
-        model.final = load_classifier(args.final, len(data.classes), data.mean, data.std).to(device)
+        final = load_classifier(args.final, len(data.classes), data.mean, data.std).to(device)
+        model.final = final.requires_grad_(False)
         model.eval()
     return CONTROLS[args.control](model) if args.control else model, data, state, source
 
