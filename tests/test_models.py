@@ -4,12 +4,14 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, formula_classifier, golden, picture
+from conftest import ROOT, TESTS, formula_classifier, golden, picture
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import silu
@@ -473,3 +475,11 @@ def test_processes_count_where_torchrun_says_so(monkeypatch, variables, ranks):
         return
     with pytest.raises(ValueError, match="started .* processes, which do not know of each other: .* torchrun"):
         models.read_ranks()
+
+
+def test_a_terminal_that_has_not_all_letters_ends_no_script(tmp_path):
+    """A file with a Greek name, on a terminal of strict ASCII: the work was done, and the status was 2."""
+    code = "import models; models.run_script('name', lambda: print('runs/\u03b1\u03b2') or 0)"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "runs/\\u03b1\\u03b2\n"), done.stderr

@@ -364,7 +364,13 @@ def test_an_output_that_is_no_logits_gets_a_sentence(attack, forward, sentence):
     assert status == 2 and re.search(sentence, said) and said.count("\n") == 1, said
 
 
-@pytest.mark.parametrize("what", ["torch.jit.freeze(torch.jit.trace(plain, torch.rand(2, 1, 32, 32)))"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "torch.jit.freeze(torch.jit.trace(plain, torch.rand(2, 1, 32, 32)))",
+        pytest.param("torch.compile(plain)", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_model_is_attacked(folder, call, what):
     plain = "import numpy as np, torch\nfit = torch.from_numpy(np.load('fit.npy')).float()\n"
     plain += "plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)).eval()\n"
