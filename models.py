@@ -620,7 +620,8 @@ def has_compiler(device: torch.device) -> bool:
         NormaliseAndActivate.apply(torch.ones(2, 8, 1, 1, device=device), nn.BatchNorm2d(8, device=device), SILU)
         return True
     except Exception as error:  # PyTorch and Triton raise anything where a compiler is missing
-        print(f"BatchNorm is not fused with its activation: {str(error).splitlines()[0]:.80}", file=sys.stderr)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"BatchNorm is not fused with its activation: {reason:.80}", file=sys.stderr)
         return False
 
 

@@ -2,7 +2,7 @@
 
     python train.py                                                    # digits, a laptop, minutes
     python train.py --dataset mine.npz --preset cifar10 --epochs 50    # your own pictures; options override the preset
-    python train.py --dataset cifar10 --micro-batch 640 --bf16         # the paper's scenario a on one GPU of 80 GB
+    python train.py --dataset cifar10 --micro-batch 640 --bf16         # the paper's scenario a on one GPU of 40 GB
     torchrun --nproc_per_node=8 train.py --dataset cifar10             # the same on eight
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --dataset cifar10
 
