@@ -101,7 +101,8 @@ class Preset:
     warmup: int = setting(25, 0, 1e6, "epochs")
     plateau: int = setting(25, 0, 1e6, "epochs; the rest anneals")
     kl_from: int = setting(25, 0, 1e6, "the KL weight is 0 until this epoch")
-    kl_to: int = setting(34, 0, 1e6, "and 1 from this one")
+    kl_to: int = setting(34, 0, 1e6, "and kl_end from this one")
+    kl_end: float = setting(1.0, 0, 1e3, "the KL weight at last; less lets the latent code carry more")
 
     # Adversarially-balanced batches, table 12.
     eps: float = setting(8 / 255, 0, 1, "largest radius, in pixels of [0, 1]: write 8/255, say")
@@ -203,8 +204,8 @@ def learning_rate(epoch: float, p: Preset) -> float:
 
 
 def kl_weight(epoch: float, p: Preset) -> float:
-    """0 until kl_from, then linear to 1 at kl_to (table 14)."""
-    return float(np.interp(epoch, [p.kl_from, p.kl_to], [0, 1]))
+    """0 until kl_from, then linear to kl_end, the paper's 1, at kl_to (table 14)."""
+    return float(np.interp(epoch, [p.kl_from, p.kl_to], [0, p.kl_end]))
 
 
 class Lookahead:

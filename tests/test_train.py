@@ -122,6 +122,7 @@ def test_schedules_move_by_step_where_an_epoch_is_short_but_not_in_radams_first_
     rates = [learning_rate(schedule_epoch(0, n, 21, one), one) for n in range(21)]
     assert rates[:5] == [5e-9] * 5 and rates[5] > 0.2 * one.learning_rate and rates[20] > 0.9 * one.learning_rate
     assert kl_weight(schedule_epoch(0, 20, 21, one), one) == 1
+    assert [kl_weight(e, train.choose_preset("digits", {"kl_end": 0.01})) for e in (3, 6, 23)] == [0, 0.01, 0.01]
 
 
 @pytest.mark.parametrize(
