@@ -139,7 +139,7 @@ PRESETS = {
 
 
 def choose_preset(name: str, given: dict) -> Preset:
-    """A row of PRESETS with the given numbers. A shorter or longer run keeps the schedule's proportions.
+    """A row of PRESETS with the given numbers. A shorter or longer run keeps the schedules' proportions.
 
     Raises ValueError for a number out of its bounds, or a schedule that does not fit into the training."""
     usual = PRESETS[name]
@@ -148,6 +148,8 @@ def choose_preset(name: str, given: dict) -> Preset:
     if epochs != usual.epochs:
         for knot in ("warmup", "plateau", "kl_from", "kl_to"):
             scaled[knot] = max(1, getattr(usual, knot) * epochs // usual.epochs)
+    classifier_epochs = given.get("classifier_epochs", usual.classifier_epochs)
+    scaled["classifier_ramp"] = usual.classifier_ramp * classifier_epochs // usual.classifier_epochs
     if epochs == 1:
         scaled |= {"plateau": 0, "kl_from": 0, "kl_to": 0}  # no second epoch for the KL weight to grow in
     p = dataclasses.replace(usual, **scaled | given)
@@ -299,11 +301,11 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, action, mine: bool):
-        """action() where `mine` is true, None on the other ranks. Where it raises ValueError or OSError, every rank
-        ends, or the others would wait for one that has ended."""
+    def run_where(self, condition: bool, action):
+        """action() on the ranks where the condition is true, None on the others. Where it raises ValueError or OSError,
+        every rank ends, or the others would wait for one that has ended."""
         result, sentence = None, ""
-        if mine:
+        if condition:
             try:
                 result = action()
             except (ValueError, OSError) as error:
@@ -323,8 +325,8 @@ class Ranks:
     def take_turns(self, load):
         """load(), on one process of each machine first, which may download and unpack for the others."""
         is_early = os.environ.get("LOCAL_RANK", "0") == "0"
-        early = self.agree(load, is_early)
-        late = self.agree(load, not is_early)
+        early = self.run_where(is_early, load)
+        late = self.run_where(not is_early, load)
         return early if is_early else late
 
     def check_alike(self, settings: dict) -> None:
@@ -338,7 +340,7 @@ class Ranks:
 
     def load(self, path: Path) -> dict | None:
         """A file of tensors as rank 0 finds it, on the CPU; None where there is none. Folders need not be shared."""
-        content = self.agree(lambda: load_tensors(path) if path.is_file() else None, self.is_first)
+        content = self.run_where(self.is_first, lambda: load_tensors(path) if path.is_file() else None)
         if self.count == 1:
             return content
 
@@ -427,15 +429,15 @@ class Run:
     state.
 
     Args:
-        folder: holds one training only, by its config.json: preset, seed, hashes of the training set and of `start`,
-            and `settings`, which are any other plain values that the result depends on.
-        start: the given network that is trained, or that the purifier goes around; None: all weights follow from seed.
+        folder: holds one training only, by its config.json: preset, seed, hashes of the training set and of the given
+            network, and `settings`, which are any other plain values that the result depends on.
+        given_network: the one that is trained, or that the purifier goes around; None: all weights follow from seed.
         micro_batch: pictures attacked or looked into at a time, to save memory; None: all that a rank has.
     Raises ValueError where the folder holds another training, or where the ranks differ in any of this.
     """
 
     def __init__(
-        self, folder, data: datasets.Dataset, p: Preset, start: nn.Module | None, ranks: Ranks, seed: int = 0,
+        self, folder, data: datasets.Dataset, p: Preset, given_network: nn.Module | None, ranks: Ranks, seed: int = 0,
         micro_batch: int | None = None, **settings,
     ):  # fmt: skip
         self.folder = Path(folder)
@@ -448,11 +450,11 @@ class Run:
         self.last_line = time.monotonic()
 
         self.fingerprint = datasets.fingerprint(data.train_images, data.train_labels, data.classes)
-        weights = None if start is None else hash_weights(start)
+        weights = None if given_network is None else hash_weights(given_network)
         self.config = {"data": self.fingerprint, "weights": weights, "seed": seed}
         self.config |= settings | dataclasses.asdict(p)
         ranks.check_alike(self.config | {"micro_batch": micro_batch})
-        ranks.agree(self.claim_folder, ranks.is_first)
+        ranks.run_where(ranks.is_first, self.claim_folder)
 
         self.images = data.train_images.to(ranks.device)
         self.labels = data.train_labels.to(ranks.device)
@@ -655,10 +657,10 @@ class Stage:
             datasets.write_text(self.run.folder / f"log-{self.name}.tsv", "\n".join(lines) + "\n")
 
 
-def split_rows(pictures: int, at_once: int | None) -> list[slice]:
-    """So many pictures in pieces of `at_once`; None: in one."""
-    at_once = at_once or pictures
-    return [slice(begin, begin + at_once) for begin in range(0, pictures, at_once)]
+def split_rows(pictures: int, size: int | None) -> list[slice]:
+    """So many pictures in pieces of a size; None: in one."""
+    size = size or pictures
+    return [slice(begin, begin + size) for begin in range(0, pictures, size)]
 
 
 # ---------------------------------------------------------------------------------------- stage one: the classifier
@@ -737,21 +739,17 @@ def make_classifier(run: Run, classifier: WideResNet) -> None:
 # ------------------------------------------------------------------------------------------- stage two: the purifier
 
 
-def attack_batches(run: Run, classifier: nn.Module, batches, together: int | None = None):
+def attack_batches(run: Run, classifier: nn.Module, batches, group_size: int | None = None):
     """Yield each batch with this rank's pictures of it (b, C, H, W), a share of which is attacked (section 4.4).
 
-    together: batches whose attacks are made in one call; the pictures are the same, up to rounding. Default: 1, but on
-    a GPU, most of which a small call leaves idle, as many as have 640 pictures for PGD."""
+    group_size: batches whose attacks are made in one call; the pictures are the same, up to rounding."""
     p, ranks = run.p, run.ranks
-    fraction = max(p.fraction, 0.01)
-    if together is None:
-        for_pgd = 0.5 * fraction * p.batch_size / ranks.count  # every other perturbed picture is PGD's
-        together = min(max(round(640 / for_pgd), 1), 16) if ranks.device.type == "cuda" else 1
-    at_once = run.micro_batch and math.ceil(run.micro_batch / fraction)  # memory goes to those that are attacked
+    group_size = group_size or choose_group_size(run)
+    piece = run.micro_batch and math.ceil(run.micro_batch / max(p.fraction, 0.01))  # memory goes to the attacked ones
     batches = iter(batches)
-    while group := list(itertools.islice(batches, together)):
-        pictures = [run.load_pictures(batch) for batch in group]
-        x, y = (torch.cat(parts) for parts in zip(*pictures))
+    while group := list(itertools.islice(batches, group_size)):
+        pictures, labels = zip(*[run.load_pictures(batch) for batch in group])
+        x, y = torch.cat(pictures), torch.cat(labels)
         noise = torch.cat([run.draw_noise(batch) for batch in group])
         kinds = [balanced_kinds(batch.first, len(batch.indices), p.fraction) for batch in group]
         kinds = torch.cat([ranks.share(of_batch) for of_batch in kinds])
@@ -761,9 +759,18 @@ def attack_batches(run: Run, classifier: nn.Module, batches, together: int | Non
                     classifier, x[rows], y[rows], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
                     noise=noise[rows], kinds=kinds[rows],
                 )
-                for rows in split_rows(len(x), at_once)
+                for rows in split_rows(len(x), piece)
             ])  # fmt: skip
-        yield from zip(group, attacked.split([len(labels) for _, labels in pictures]))
+        yield from zip(group, attacked.split([len(of_batch) for of_batch in labels]))
+
+
+def choose_group_size(run: Run) -> int:
+    """Batches that `attack_batches` attacks in one call: on a GPU, most of which a small call leaves idle, as many as
+    have 640 pictures for PGD, but at most 16."""
+    if run.ranks.device.type != "cuda":
+        return 1
+    for_pgd = 0.5 * max(run.p.fraction, 0.01) * run.p.batch_size / run.ranks.count  # every other perturbed one is PGD's
+    return min(max(round(640 / for_pgd), 1), 16)
 
 
 @torch.no_grad()
@@ -923,14 +930,14 @@ def load_inputs(args: argparse.Namespace, device: torch.device) -> tuple[dataset
     return data, fetch_classifier(data, name, args.data_dir, device)
 
 
-def plan_training(args: argparse.Namespace, data: datasets.Dataset, start: WideResNet | None, ranks: Ranks) -> Preset:
-    """The preset with the command line's numbers, the sizes of the classifier `start`, and batches that fit the data.
+def plan_training(args, data: datasets.Dataset, classifier: WideResNet | None, ranks: Ranks) -> Preset:
+    """The preset with the command line's numbers, the given classifier's size, and batches that fit the data.
     Raises ValueError for numbers that make no sense."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Preset)}
     given = {name: number for name, number in given.items() if number is not None}
-    if start is not None:
+    if classifier is not None:
         for name in ("depth", "width"):
-            size = start.config[name]
+            size = classifier.config[name]
             if given.setdefault(name, size) != size:
                 raise ValueError(f"--{name} {given[name]} is not that of --classifier, {size}: leave it out")
 
@@ -940,7 +947,8 @@ def plan_training(args: argparse.Namespace, data: datasets.Dataset, start: WideR
     if ranks.is_first and not args.preset and not is_known:
         print("the preset is cifar10's: a network for a GPU; --preset digits has a small one")
     if ranks.is_first and p != usual:
-        sizes = f"--classifier-batch-size {p.classifier_batch_size} and --batch-size {p.batch_size}"
+        fitted = [name for name in ("classifier_batch_size", "batch_size") if getattr(p, name) != getattr(usual, name)]
+        sizes = " and ".join(f"--{name.replace('_', '-')} {getattr(p, name)}" for name in fitted)
         print(f"{sizes}, for ten batches an epoch of {len(data.train_labels)} pictures; learning rates fall with them")
     return p
 
@@ -956,13 +964,13 @@ def main(argv=None, perturb=attack_batches, **settings) -> int:
     """The exit status. perturb: see `train_purifier`; settings: of it, for config.json."""
     args = parse_arguments(argv)
     ranks = start_ranks(start_device(args.device))
-    data, start = ranks.take_turns(partial(load_inputs, args, ranks.device))
-    p = plan_training(args, data, start, ranks)
+    data, given_classifier = ranks.take_turns(partial(load_inputs, args, ranks.device))
+    p = plan_training(args, data, given_classifier, ranks)
 
     torch.manual_seed(args.seed)
     shape = tuple(data.train_images.shape[1:])
-    classifier = start
-    if start is None:
+    classifier = given_classifier
+    if given_classifier is None:
         classifier = WideResNet(len(data.classes), p.depth, p.width, shape[0], data.mean, data.std).to(ranks.device)
     carso = None
     if args.stage == "all":  # already now: a defence that cannot be built is refused before the training
@@ -972,7 +980,7 @@ def main(argv=None, perturb=attack_batches, **settings) -> int:
 
     folder = name_folder(args.dataset, args.name)
     ranks.check_alike({"stage": args.stage})
-    run = Run(folder, data, p, start, ranks, args.seed, args.micro_batch, tap=args.tap, **settings)
+    run = Run(folder, data, p, given_classifier, ranks, args.seed, args.micro_batch, tap=args.tap, **settings)
     if run.is_complete():
         return 0
     run.say(f"{data.name}: {len(data.train_labels)} training pictures {shape}, "
@@ -981,7 +989,7 @@ def main(argv=None, perturb=attack_batches, **settings) -> int:
         run.say(note)
 
     with run.stopping_gently():
-        if start is None:
+        if given_classifier is None:
             make_classifier(run, classifier)
         if carso is None:
             path = str(folder / "classifier.pt")

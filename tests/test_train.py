@@ -112,6 +112,8 @@ def test_a_run_of_any_length_keeps_the_schedules_proportions(name):
         assert (p.warmup, p.plateau, p.kl_from, p.kl_to) == knots
     p = train.choose_preset("cifar10", {"epochs": 40, "warmup": 0, "eps": 4 / 255, "mirror": False})
     assert (p.warmup, p.plateau, p.eps, p.mirror, p.augment) == (0, 5, 4 / 255, False, True)
+    ramps = [train.choose_preset("digits", {"classifier_epochs": epochs}).classifier_ramp for epochs in (1, 9, 18, 36)]
+    assert ramps == [0, 3, 6, 12]  # else a short training would never see the whole radius
 
 
 def test_schedules_move_by_step_where_an_epoch_is_short_but_not_in_radams_first_five():
@@ -663,7 +665,7 @@ def fail():
     raise OSError("rank 1 finds no file")
 
 print("loaded", ranks.take_turns(lambda: os.environ["RANK"]))
-for do in (lambda: ranks.agree(fail, ranks.rank == 1), lambda: ranks.check_alike({"one": 1, "two": ranks.rank})):
+for do in (lambda: ranks.run_where(ranks.rank == 1, fail), lambda: ranks.check_alike({"one": 1, "two": ranks.rank})):
     try:
         do()
     except (ValueError, SystemExit) as error:
@@ -830,7 +832,8 @@ def test_stage_one_is_its_recipe(folder, monkeypatch, augment):
     monkeypatch.setattr(train, "pgd", lambda model, x, y, eps, *_, **__: radii.append(eps) or x)
     monkeypatch.setattr(datasets, "augment", lambda x, draws, mirror: asked.append((len(x) == len(draws), mirror)) or x)
     name, plain = "-".join(["recipe", *augment]), ["--classifier-attack-steps", "0"] if not augment else []
-    here(folder, *OPTIONS, "--name", name, "--stage", "classifier", "--eps", "0.12", *plain, *augment)
+    options = [*OPTIONS, "--name", name, "--stage", "classifier", "--eps", "0.12", "--classifier-ramp", "6"]
+    here(folder, *options, *plain, *augment)
     assert asked == [(True, "--mirror" in augment)] * 3 * bool(augment)
     assert radii[:-1] == pytest.approx([0.01, 0.05 / 3, 0.07 / 3] * bool(augment))  # the last is the measurement's
     assert rates == pytest.approx([0.01, 0.1 * (2 / 3) / 0.7, 0.1 * (1 / 3) / 0.7])
