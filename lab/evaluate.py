@@ -202,6 +202,22 @@ def check_output(model: nn.Module, images: torch.Tensor, classes: int, name: str
     return []
 
 
+def answers_depend_on_mode(model: nn.Module, images: torch.Tensor) -> bool:
+    """True if the model would answer otherwise if all of it were in eval mode. images: (n, C, H, W) uint8."""
+    x = datasets.pixels(images)
+    modes = {
+        module: module.training for module in model.modules() if hasattr(module, "training")
+    }  # frozen ones lack it
+    with torch.no_grad():
+        here = hold_noise(Seen(model), x, seed=0)(x).nan_to_num()
+        for module in modes:
+            module.training = False
+        there = hold_noise(Seen(model), x, seed=0)(x).nan_to_num()
+    for module, mode in modes.items():
+        module.training = mode
+    return bool((here - there).abs().max() > 0.01 * here.abs().max())
+
+
 def collect_answers(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
     """A model's logits and its margin's gradients, on pictures (n, C, H, W) in [0, 1] with labels (n,)."""
     f = hold_noise(Seen(model), pictures, seed=0)
@@ -382,8 +398,8 @@ def main(argv=None) -> int:
         notes += check_output(model, some[:8], len(data.classes), args.model)
     if args.model:
         faults = inspect_model(model, some, len(data.classes), args.model, args.deterministic)
-    if any(getattr(module, "training", False) for module in model.modules() if module is not model):
-        notes.append("parts of the model are in training mode, as it was built")
+        if answers_depend_on_mode(model, some[:8]):
+            notes.append("the model answers otherwise in eval mode: it stays in training mode, as it was built")
 
     settings = evaluate.choose_settings(
         args, model, state, data, args.model and f"{source.name}:{args.model.rpartition(':')[2]}"
