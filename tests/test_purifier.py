@@ -245,6 +245,13 @@ def test_what_does_not_fit_another_network_is_refused(layers, side, normalisatio
         build_carso(SmallCNN(), layers, (3, side, side), **SIZES, **normalisation)
 
 
+def test_building_leaves_the_statistics_of_a_network_in_training_alone():
+    network = WideResNet(5, 10, 1).train()
+    before = hash_weights(network)
+    build_carso(network, representation_layers(10), (3, 32, 32), **SIZES)
+    assert hash_weights(network) == before
+
+
 # --------------------------------------------------------------------------------------------------------- the files
 
 
