@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import TESTS
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models import SILU, normalise_and_activate
@@ -45,24 +44,20 @@ def test_the_slope_is_the_derivative_of_the_value(activation):
     assert_close(activation.slope(x.detach()).double(), derivative, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [24, 64])
-def test_the_kernel_is_batchnorm_and_its_activation(dtype, channels):
-    batchnorm = fill(torch.nn.BatchNorm2d(channels, eps=1e-3))
-    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
+@pytest.mark.parametrize("activation", [SILU, LEAKY_RELU])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_kernel_is_batchnorm_and_its_activation(dtype, tolerance, activation):
+    batchnorm = fill(torch.nn.BatchNorm2d(24, eps=1e-3))
     kernels = []
     for size in (1, 5, 64, 33):
-        for activation in (SILU, LEAKY_RELU):
-            for layout in (torch.channels_last, torch.contiguous_format):
-                x = torch.randn(size, channels, 6, 5).to(dtype).to(memory_format=layout).requires_grad_()
-                y = normalise_and_activate(batchnorm, x, activation)
-                want = exact(batchnorm, x, activation)
-                assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
-                assert_close(y.double(), want, **tolerance)
-                slope = torch.randn_like(want)
-                (mine,) = torch.autograd.grad(y, x, slope.to(dtype))
-                (theirs,) = torch.autograd.grad(want, x, slope)
-                assert_close(mine, theirs, **tolerance)
+        x = torch.randn(size, 24, 6, 5).to(dtype).requires_grad_()
+        y, want = normalise_and_activate(batchnorm, x, activation), exact(batchnorm, x, activation)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
+        slope = torch.randn_like(want)
+        (mine,) = torch.autograd.grad(y, x, slope.to(dtype))
+        (theirs,) = torch.autograd.grad(want, x, slope)
+        assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
         kernels.append(models.compile_kernel.cache_info().misses)
     assert kernels[0] == kernels[-1], "no kernel of its own for another batch size"
 
@@ -83,24 +78,12 @@ def test_tensors_may_lie_in_memory_as_they_like():
         assert_close(slope, torch.autograd.grad(exact(batchnorm, x).sum(), x)[0], rtol=1e-5, atol=1e-5)
 
 
-CHANGES = {
-    "load_state_dict": lambda b: b.load_state_dict({k: v + 1 for k, v in b.state_dict().items()}),
-    "training": lambda b: (b.train()(3 * torch.randn(9, 8, 2, 2)), b.eval()),
-    ".data": lambda b: b.weight.data.mul_(2),
-    "another tensor": lambda b: setattr(b, "running_mean", b.running_mean + 1),
-    ".to()": lambda b: b.to(torch.bfloat16),
-    "eps": lambda b: setattr(b, "eps", 1.0),
-    "one tensor's type": lambda b: setattr(b, "running_var", b.running_var.bfloat16()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_weights_that_change_count_at_once(change):
+def test_weights_that_change_count_at_once():
     batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3, requires_grad=True)
-    before = normalise_and_activate(batchnorm, x).detach()
-    CHANGES[change](batchnorm)
+    normalise_and_activate(batchnorm, x)
+    batchnorm.weight.data.mul_(2)
+    batchnorm.running_var = batchnorm.running_var.bfloat16()
     after, want = normalise_and_activate(batchnorm, x), exact(batchnorm, x)
-    assert (after - before).abs().max() > 1e-3
     assert_close(after.double(), want, rtol=1e-5, atol=1e-5)
     mine, theirs = (torch.autograd.grad(y.sum(), x)[0] for y in (after, want))
     assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -129,36 +112,12 @@ def test_weights_that_want_gradients_get_them(learning):
     assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_double_precision_stays_double():
-    batchnorm, x = fill(torch.nn.BatchNorm2d(8)).double(), torch.randn(2, 8, 3, 3, dtype=torch.double)
-    assert_close(normalise_and_activate(batchnorm, x), F.silu(batchnorm(x)), rtol=1e-14, atol=1e-14)
-
-
-class AnyMode(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-def in_a_thread(work):
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-
-
-FIRST = {
-    "inference": torch.inference_mode(),
-    "no gradient": torch.no_grad(),
-    "autocast": torch.autocast("cpu", torch.bfloat16),
-    "a dispatch mode": AnyMode(),
-}
-
-
-@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("first", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)])
 def test_the_first_call_decides_nothing(first, capsys):
     """Neither whether there is a kernel for the rest of the process, nor which."""
     models.has_compiler.cache_clear(), models.compile_kernel.cache_clear()
     batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3)
-    with FIRST[first]:
+    with first:
         normalise_and_activate(batchnorm, x)
     lead = x.clone().requires_grad_()
     y = normalise_and_activate(batchnorm, lead)
@@ -173,7 +132,9 @@ def test_the_backward_pass_may_be_compiled_in_a_thread():
     models.compile_kernel.cache_clear()
     batchnorm, x = fill(torch.nn.BatchNorm2d(8)), torch.randn(2, 8, 3, 3, requires_grad=True)
     y = normalise_and_activate(batchnorm, x)
-    in_a_thread(lambda: y.sum().backward())
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
     assert_close(x.grad, torch.autograd.grad(F.silu(batchnorm(x)).sum(), x)[0], rtol=1e-5, atol=1e-5)
 
 
@@ -184,25 +145,18 @@ def test_a_network_that_is_compiled_whole_breaks_nowhere(tiny_carso):
 
 
 def test_networks_answer_alike_fused_and_not(tiny_carso, monkeypatch):
-    x = torch.rand(3, 1, 32, 32)
-    z = torch.randn(3, 2, 4)
+    x, z = torch.rand(3, 1, 32, 32, requires_grad=True), torch.randn(3, 2, 4)
+    tiny_carso.requires_grad_(False)
     found = []
     for fused_on in (("cpu",), ()):
         monkeypatch.setattr(models, "FUSED_ON", fused_on)
-        tiny_carso.requires_grad_(False)
-        lead = x.clone().requires_grad_()
-        logits = tiny_carso(lead, z)
-        found.append((logits.detach(), torch.autograd.grad(logits.logsumexp(1).sum(), lead)[0]))
-    assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
-    assert (found[0][1] - found[1][1]).norm() < 1e-3 * found[1][1].norm()
-
-
-def test_hooks_see_the_same_tensors(tiny_carso, monkeypatch):
-    x = torch.rand(2, 1, 32, 32)
-    fused = models.record(tiny_carso.classifier, tiny_carso.layers, x)[1]
-    monkeypatch.setattr(models, "FUSED_ON", ())
-    for mine, theirs in zip(fused, models.record(tiny_carso.classifier, tiny_carso.layers, x)[1]):
-        assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        logits = tiny_carso(x, z)
+        (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), x)
+        representation = models.record(tiny_carso.classifier, tiny_carso.layers, x)[1]
+        found.append((gradient, [logits, *representation]))
+    (fused_gradient, fused), (plain_gradient, plain) = found
+    assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    assert (fused_gradient - plain_gradient).norm() < 1e-3 * plain_gradient.norm()
 
 
 def test_only_x_is_kept_for_the_backward_pass():
@@ -237,9 +191,8 @@ def test_a_block_that_trains_is_pytorchs_own():
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="a build of PyTorch without Triton")
 @pytest.mark.parametrize("kernel, loads", [("forward", 1), ("backward", 2)])
 def test_an_h100_divides_nowhere_and_moves_sixteen_bytes_at_a_time(kernel, loads):
-    program = subprocess.run(
-        [sys.executable, TESTS / "ptx_for_h100.py", kernel], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, TESTS / "ptx_for_h100.py", kernel]
+    program = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert program.returncode == 0, program.stderr[-2000:]
     accesses = re.findall(r"\b((?:ld|st)\.global\S*)", program.stdout)
     assert len(accesses) == 8 + loads + 1 and all(access.endswith(".v4.b32") for access in accesses)

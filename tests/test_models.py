@@ -1,17 +1,17 @@
 """The classifier against the reference, the hooks that record its representation, and files of weights."""
 
+import io
 import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TESTS, formula_classifier, golden, picture
+from conftest import TESTS, exit_status, formula_classifier, golden, picture
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import silu
@@ -29,12 +29,6 @@ def test_state_dict_has_the_public_names_and_shapes(file, depth, width):
     with torch.device("meta"):
         ours = WideResNet(10, depth, width).state_dict()
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == keys
-
-
-def test_parameter_counts_of_the_paper():
-    with torch.device("meta"):
-        counts = [sum(p.numel() for p in WideResNet(k).parameters()) for k in (10, 200)]
-    assert counts == [36_479_194, 36_600_984]
 
 
 def test_logits_of_wrn_10_2(wrn_10_2):
@@ -71,49 +65,41 @@ def test_representation_equals_the_reference(wrn_10_2):
     np.testing.assert_allclose([layer.std() for layer in representation], want["repr_stds"], rtol=1e-4)
 
 
-def test_other_sizes():
-    for depth, channels, size, classes in ((10, 1, 32, 7), (16, 3, 64, 200)):
-        network = WideResNet(classes, depth, 1, channels)
-        assert network(torch.rand(2, channels, size, size)).shape == (2, classes)
+def test_larger_pictures_and_more_classes():
+    assert WideResNet(200, depth=16, width=1)(torch.rand(2, 3, 64, 64)).shape == (2, 200)
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(depth=27), dict(mean=(0.5,), std=(0.5,)), dict(in_channels=1, mean=(1, 2), std=(1, 2))]
+    "wrong, sentence",
+    [
+        (dict(depth=27), "depth must be 6n \\+ 4"),
+        (dict(mean=(0.5,), std=(0.5,)), "one number for each of the 3 channels"),
+    ],
 )
-def test_wrong_arguments_are_refused(wrong):
-    with pytest.raises(ValueError):
+def test_wrong_arguments_are_refused(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
         WideResNet(10, **wrong)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (3, 32, 32)])
+@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 3, 32)])
 def test_what_is_no_batch_of_pictures_is_refused(wrn_10_2, shape):
     with pytest.raises(ValueError, match="expected pictures"):
         wrn_10_2(torch.rand(shape))
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [False, True])
-def test_normalise_and_activate_is_batchnorm_and_silu(training, memory_format):
+def test_normalise_and_activate_is_batchnorm_and_silu(training):
     theirs, ours = nn.BatchNorm2d(5).double(), nn.BatchNorm2d(5).double()
     for tensor in theirs.state_dict().values():
         tensor.copy_(torch.rand_like(tensor, dtype=torch.double) + 0.5)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(4, 5, 3, 3, dtype=torch.double).contiguous(memory_format=memory_format).requires_grad_()
-    results = []
-    for layer in (theirs.train(training), ours.train(training)):
-        out = models.normalise_and_activate(ours, x) if layer is ours else silu(theirs(x))
-        assert out.is_contiguous(memory_format=memory_format)
-        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, layer.weight, layer.bias])])
-    for a, b in zip(*results, strict=True):
-        assert_close(a, b)
-    assert_close(theirs.state_dict(), ours.state_dict())
-
-
-def test_gradients_of_pictures_are_contiguous(wrn_10_2):
-    """AutoAttack calls view() on them; the layers inside are channels-last."""
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = picture("x", (2, 3, 32, 32)).contiguous(memory_format=memory_format).requires_grad_()
-        assert torch.autograd.grad(wrn_10_2(x).sum(), x)[0].is_contiguous()
+    theirs.train(training), ours.train(training)
+    x = torch.randn(4, 5, 3, 3, dtype=torch.double, requires_grad=True)
+    expected, out = silu(theirs(x)), models.normalise_and_activate(ours, x)
+    assert_close(out, expected)
+    expected = torch.autograd.grad(expected.sin().sum(), [x, theirs.weight, theirs.bias])
+    assert_close(torch.autograd.grad(out.sin().sum(), [x, ours.weight, ours.bias]), expected)
+    assert_close(ours.state_dict(), theirs.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------ the representation
@@ -121,32 +107,17 @@ def test_gradients_of_pictures_are_contiguous(wrn_10_2):
 LAYERS = representation_layers(10)
 
 
-def count_hooks(module):
-    return sum(len(m._forward_hooks) for m in module.modules())
-
-
-def test_recording_is_differentiable_and_follows_no_grad(wrn_10_2):
+def test_recording_is_differentiable(wrn_10_2):
     x = picture("x", (2, 3, 32, 32)).requires_grad_()
     for layer in record(wrn_10_2, LAYERS, x)[1]:
-        (gradient,) = torch.autograd.grad(layer.sum(), x, retain_graph=True)
-        assert gradient.abs().sum() > 0
-    with torch.no_grad():
-        assert not any(layer.requires_grad for layer in record(wrn_10_2, LAYERS, x)[1])
+        assert torch.autograd.grad(layer.sum(), x, retain_graph=True)[0].any()
 
 
 def test_hooks_are_removed_whatever_happens(wrn_10_2):
-    x = picture("x", (2, 3, 32, 32))
-    record(wrn_10_2, LAYERS, x)
-    assert count_hooks(wrn_10_2) == 0
-    wrn_10_2.unused = nn.Identity()
-    for layers, pictures, sentence in (
-        (LAYERS, torch.rand(2, 1, 32, 32), "expected pictures"),
-        ([*LAYERS, "layer.9"], x, "no layer named layer.9"),
-        ([*LAYERS, "unused"], x, "did not run unused"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            record(wrn_10_2, layers, pictures)
-        assert count_hooks(wrn_10_2) == 0
+    record(wrn_10_2, LAYERS, picture("x", (2, 3, 32, 32)))
+    with pytest.raises(ValueError, match="expected pictures"):
+        record(wrn_10_2, LAYERS, torch.rand(2, 1, 32, 32))
+    assert not any(module._forward_hooks for module in wrn_10_2.modules())
 
 
 class Shortcut(nn.Module):
@@ -160,20 +131,21 @@ class Shortcut(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("second", [nn.ReLU(inplace=True), nn.Identity()])
-@pytest.mark.parametrize("first, tap", [(nn.Conv2d(3, 3, 3), "0"), (Shortcut(), "0.conv")])
+@pytest.mark.parametrize(
+    "first, tap, second",
+    [(nn.Conv2d(3, 3, 3), "0", nn.ReLU(inplace=True)), (Shortcut(), "0.conv", nn.Identity())],
+)
 def test_what_was_put_out_is_kept_though_the_network_changes_it_in_place(first, tap, second):
     network, x = nn.Sequential(first, second, nn.Flatten()), torch.randn(2, 3, 8, 8, requires_grad=True)
-    conv = network.get_submodule(tap)
-    want = conv(x)
-    (gradient,) = torch.autograd.grad(want.square().sum(), x)
+    want = network.get_submodule(tap)(x)
     for mode in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
         with mode:
             logits, (kept,) = record(network, [tap], x)
         assert_close(kept, want)
         assert_close(logits, network(x))
         if kept.requires_grad:
-            assert_close(torch.autograd.grad(kept.square().sum(), x)[0], gradient)
+            gradients = (torch.autograd.grad(layer.square().sum(), x)[0] for layer in (kept, want))
+            assert_close(*gradients)
 
 
 class Attention(nn.Module):
@@ -184,23 +156,25 @@ class Attention(nn.Module):
         self.tokens = nn.Flatten(2)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         self.again = nn.Identity()
+        self.unused = nn.Identity()
 
     def forward(self, x):
         tokens = self.tokens(self.again(self.again(x)))
         return self.attention(tokens, tokens, tokens)[0].mean(2)
 
 
-TAPS = {
-    "none": ([], "a list with at least one layer's name, not []"),
-    "a string": ("tokens", "a list with at least one layer's name, not 'tokens'"),
-    "a tuple": (["attention"], "layer attention puts out a tuple: tap one that puts out a tensor"),
-    "run twice": (["again"], "runs again more than once: tap a layer that it runs once"),
-}
-
-
-@pytest.mark.parametrize("tap", TAPS)
-def test_taps_that_are_none_end_in_a_sentence(tap):
-    layers, sentence = TAPS[tap]
+@pytest.mark.parametrize(
+    "layers, sentence",
+    [
+        ([], "a list with at least one layer's name, not []"),
+        ("tokens", "a list with at least one layer's name, not 'tokens'"),
+        (["layer.9"], "the classifier has no layer named layer.9"),
+        (["attention"], "layer attention puts out a tuple: tap one that puts out a tensor"),
+        (["again"], "runs again more than once: tap a layer that it runs once"),
+        (["unused"], "the classifier's forward did not run unused"),
+    ],
+)
+def test_taps_that_are_none_end_in_a_sentence(layers, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         record(Attention(), layers, torch.rand(1, 3, 4, 4))
 
@@ -267,27 +241,20 @@ def torch_file(**changes):
 
 
 WRONG = {
-    "a web page": (lambda path: path.write_text("\n <!DOCTYPE html>"), "is a web page"),
     "nothing": (lambda path: None, "there is no file"),
-    "noise": (lambda path: path.write_bytes(b"\x80\x02 noise"), "is it whole"),
-    "a pickle with objects": (lambda path: torch.save({"a": Malicious()}, path), "holds objects"),
-    "objects beside the weights": (torch_file(args=SimpleNamespace()), "holds objects"),
-    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps(Malicious(), 2)), "is no file of tensors"),
+    "a web page": (lambda path: path.write_text("\n <!DOCTYPE html>"), "is a web page"),
     "truncated": (lambda path: (torch_file()(path), cut(path, 0.5)), "is it whole"),
     "truncated safetensors": (lambda path: (save_file(public_weights(), path), cut(path, 0.9)), "is it whole"),
+    "code beside the weights": (torch_file(args=Malicious()), "holds objects .*, whose code is never run"),
+    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps(Malicious(), 2)), "is no file of tensors"),
+    "numpy beside the weights": (torch_file(acc=np.float64(1)), r"holds objects \(numpy.*scalar\), whose code"),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor where weights by name should be"),
+    "a whole CARSO": (torch_file(purifier={}), "is a whole CARSO"),
     "an unknown wrapping": (lambda path: torch.save({"ema": public_weights()}, path), "first keys are .'ema'"),
-    "numpy beside the weights": (
-        torch_file(acc=np.float64(1)),
-        r"holds objects \(numpy.*scalar\), whose code is never",
-    ),
-    "another network": (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "first keys are .'conv1"),
     "another stem": (torch_file(**{"init_conv.weight": torch.zeros(3)}), "not one of the public WideResNets"),
     "another number of classes": (torch_file(**{"logits.bias": torch.zeros(7)}), "do not fit.*mismatch.*logits.bias"),
-    "a missing tensor": (lambda path: torch.save(dict([*public_weights().items()][:-1]), path), "do not fit.*Missing"),
     "a tensor too many": (torch_file(extra=torch.zeros(1)), "do not fit.*Unexpected.*extra"),
     "NaN": (torch_file(**{"logits.bias": torch.full((10,), torch.nan)}), "not finite: logits.bias"),
-    "a whole CARSO": (torch_file(purifier={}), "is a whole CARSO"),
 }
 
 
@@ -306,18 +273,16 @@ def test_no_byte_can_change_unnoticed(tmp_path):
     """Every byte of a small file in turn: the file is refused, or means what it meant (padding, dates)."""
     path, content = tmp_path / "file", {"weight": torch.arange(6.0).view(2, 3), "epoch": 3}
     torch.save(content, path)
-    whole, refused = bytearray(path.read_bytes()), 0
+    whole, refused = path.read_bytes(), 0
     for place in range(len(whole)):
-        whole[place] ^= 0x11
-        path.write_bytes(whole)
-        whole[place] ^= 0x11
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x11]) + whole[place + 1 :])
         try:
             loaded = models.load_tensors(path)
         except ValueError as error:
             assert str(path) in str(error)
             refused += 1
-            continue
-        assert loaded["epoch"] == 3 and torch.equal(loaded["weight"], content["weight"]), place
+        else:
+            assert loaded["epoch"] == 3 and torch.equal(loaded["weight"], content["weight"]), place
     assert refused > len(whole) / 4
 
 
@@ -330,17 +295,14 @@ def test_a_normalisation_that_is_not_known_or_does_not_fit_is_refused(tmp_path):
 
 def test_the_hash_changes_with_any_tensor_and_not_with_its_layout():
     network = WideResNet(3, 10, 1, in_channels=1)
-    before, found = hash_weights(network), set()
-    assert len(before) == 32 and int(before, 16)
+    found = {hash_weights(network)}
+    assert found == {hash_weights(network.to(memory_format=torch.contiguous_format))}
     for tensor in network.state_dict().values():
-        whole = tensor.clone()
         tensor[(-1,) * tensor.ndim] += 1
         found.add(hash_weights(network))
-        tensor.copy_(whole)
-    assert len(found | {before}) == 1 + len(network.state_dict())
-    assert hash_weights(network.to(memory_format=torch.contiguous_format)) == hash_weights(network)
-    named = {hash_weights(nn.ModuleDict({name: nn.BatchNorm2d(1)})) for name in "ab"}
-    assert len(named) == 2
+    assert len(found) == 1 + len(network.state_dict()) and all(len(digits) == 32 for digits in found)
+    first, second = (hash_weights(nn.ModuleDict({name: nn.BatchNorm2d(1)})) for name in "ab")
+    assert first != second
 
 
 # ------------------------------------------------------------------------------------------------- published weights
@@ -351,8 +313,6 @@ GOWAL = "Gowal2020Uncovering_28_10_extra"
 def test_the_published_table_names_the_papers_classifiers_first():
     accuracies = {name: next(iter(known.values()))[1] for name, known in PUBLISHED.items()}
     assert accuracies == {"cifar10": 0.9216, "cifar100": 0.7385, "tinyimagenet": 0.6519}  # table 2
-    for known in PUBLISHED.values():
-        assert all(url.startswith("https://") and 0.5 < accuracy < 1 for url, accuracy in known.values())
 
 
 @pytest.fixture
@@ -390,24 +350,23 @@ def test_another_file_than_the_published_one_is_refused(cifar10, tmp_path):
         models.fetch_classifier(cifar10, "published", tmp_path)
 
 
-def test_a_file_that_did_not_arrive_whole_is_named(cifar10, tmp_path):
+def test_a_host_that_is_not_reached_is_named(cifar10, tmp_path):
     host, file = (tmp_path / f / "cifar10_linf_wrn28-10_with.pt" for f in ("host", "published/cifar10"))
-    cut(host, 0.5)
-    with pytest.raises(ValueError, match=f"{file} .*is it whole.*Fetch or make it again"):
-        models.fetch_classifier(cifar10, GOWAL, tmp_path)
-    host.unlink(), file.unlink()
+    host.unlink()
     with pytest.raises(OSError, match=f"could not be downloaded.*put the file at {file} by hand"):
         models.fetch_classifier(cifar10, GOWAL, tmp_path)
     assert not list(file.parent.iterdir())
 
 
 def test_accuracy_counts_right_answers_clean_and_attacked():
-    model, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.tensor([[0], [255]] * 3, dtype=torch.uint8)
-    model[1].weight.data, model[1].bias.data = torch.tensor([[0.0] * 4, [1.0] * 4]), torch.tensor([2.0, 0.0])
-    images, labels = images.expand(6, 4).reshape(6, 1, 2, 2), torch.tensor([0, 1, 0, 1, 1, 1])
-    for batch_size in (4, 6):
-        assert models.measure_accuracy(model, images, labels, batch_size=batch_size) == 5 / 6
-        assert models.measure_accuracy(model, images, labels, lambda model, x, y: 1 - x, batch_size) == 1 / 6
+    """Of a model that takes bright pictures for class 1 and dark ones for class 0."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model[1].weight.data = torch.tensor([[0.0] * 4, [1.0] * 4])
+    model[1].bias.data = torch.tensor([2.0, 0.0])
+    images = torch.tensor([0, 255, 0, 255, 0, 255], dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 2, 2)
+    labels = torch.tensor([0, 1, 0, 1, 1, 1])
+    assert models.measure_accuracy(model, images, labels, batch_size=4) == 5 / 6
+    assert models.measure_accuracy(model, images, labels, lambda model, x, y: 1 - x, batch_size=4) == 1 / 6
 
 
 def test_the_device_is_deterministic_and_there(monkeypatch):
@@ -419,37 +378,35 @@ def test_the_device_is_deterministic_and_there(monkeypatch):
         models.start_device("cuda")
 
 
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
+@pytest.fixture
+def set_variables(monkeypatch):
+    """Set these variables of the environment, and none of torchrun's, srun's and OpenMP's besides."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 
 
 @pytest.mark.parametrize(
-    "load, cores, threads, variables, hints",
+    "load, threads, variables, hints",
     [
-        (2.1, 4, 4, {}, True),
-        (1.9, 4, 4, {}, False),
-        (9.0, 4, 4, {"OMP_WAIT_POLICY": "ACTIVE"}, False),
-        (9.0, 4, 1, {}, False),  # which waits for nobody
-        (9.0, 4, 2, TORCHRUN | {"RANK": "0"}, True),
-        (9.0, 4, 2, TORCHRUN | {"RANK": "1"}, False),
-        (None, 4, 4, {}, False),
+        (2.1, 4, {}, True),
+        (1.9, 4, {}, False),
+        (9.0, 4, {"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        (9.0, 1, {}, False),  # which waits for nobody
+        (9.0, 4, TORCHRUN | {"RANK": "1"}, False),
     ],
 )
-def test_a_busy_machine_is_told_of_once(monkeypatch, capsys, load, cores, threads, variables, hints):
-    def getloadavg():
-        if load is None:
-            raise OSError("no load here")
-        return load, 0.0, 0.0
-
-    monkeypatch.setattr(os, "getloadavg", getloadavg)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+def test_a_busy_machine_is_told_of_once(monkeypatch, set_variables, capsys, load, threads, variables, hints):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for name in ("OMP_WAIT_POLICY", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    set_variables(variables)
     models.hint_at_waiting.cache_clear()
-    for _ in range(2):
-        models.start_device("cpu")
+    models.start_device("cpu")
+    models.start_device("cpu")
     assert capsys.readouterr().err.count("export OMP_WAIT_POLICY=PASSIVE") == int(hints)
 
 
@@ -457,29 +414,27 @@ def test_a_busy_machine_is_told_of_once(monkeypatch, capsys, load, cores, thread
     "variables, ranks",
     [
         ({}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (0, 1)),  # left in the environment by something else
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, (1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (0, 1)),  # left in the environment by something else
+        (TORCHRUN | {"RANK": "1"}, (1, 2)),
+        (TORCHRUN | {"RANK": "1", "SLURM_STEP_NUM_TASKS": "8"}, (1, 2)),
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, (0, 1)),  # in a batch script, which is one process
-        ({"SLURM_STEP_NUM_TASKS": "8", "RANK": "0", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, (0, 8)),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, None),
     ],
 )
-def test_processes_count_where_torchrun_says_so(monkeypatch, variables, ranks):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    if ranks:
-        assert models.read_ranks() == ranks
-        return
-    with pytest.raises(ValueError, match="started .* processes, which do not know of each other: .* torchrun"):
+def test_processes_count_where_torchrun_says_so(set_variables, variables, ranks):
+    set_variables(variables)
+    assert models.read_ranks() == ranks
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_of_another_launcher_are_refused(set_variables, variable):
+    set_variables({variable: "2"})
+    with pytest.raises(ValueError, match="started 2 processes, which do not know of each other: .* torchrun"):
         models.read_ranks()
 
 
-def test_a_terminal_that_has_not_all_letters_ends_no_script(tmp_path):
+def test_a_terminal_that_has_not_all_letters_ends_no_script(monkeypatch):
     """A file with a Greek name, on a terminal of strict ASCII: the work was done, and the status was 2."""
-    code = "import models; models.run_script('name', lambda: print('runs/\u03b1\u03b2') or 0)"
-    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "runs/\\u03b1\\u03b2\n"), done.stderr
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert exit_status("name", lambda: print("runs/\u03b1\u03b2")) is None
+    assert terminal.buffer.getvalue() == b"runs/\\u03b1\\u03b2\n"

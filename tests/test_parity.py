@@ -2,12 +2,12 @@
 aggregations."""
 
 import json
-import zlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TESTS, formula_tensor, picture, reference_name
+from conftest import TESTS, formula_tensor, picture
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -40,38 +40,21 @@ def test_the_authors_files_make_their_defence(tmp_path, reference_carso):
     assert loaded.samples == 8 and loaded.layers == reference_carso.layers and not loaded.training
 
 
-def test_every_tensor_of_the_authors_files_finds_its_place_at_full_size(tmp_path):
-    def number(name, shape=()):
-        return torch.full(shape, float(zlib.crc32(name.encode()) % 9973))
-
-    folder = authors_files(tmp_path / "full", "wrn28_10", number)
-    carso = load(folder)
-    for file in folder.iterdir():  # half a gigabyte
-        file.unlink()
-    assert sum(p.numel() for p in carso.purifier.parameters()) == 106_381_537
-    ours = {f"classifier/{k}": tensor for k, tensor in carso.classifier.state_dict().items()}
-    ours |= {reference_name(k): tensor for k, tensor in carso.purifier.state_dict().items()}
-    for name, tensor in ours.items():
-        if name.split("/")[0] in ("classifier", *PUBLISHED_PARTS):
-            assert (tensor == number(name)).all(), name
-
-
 def test_other_files_than_the_authors_are_named(tmp_path):
     folder = authors_files(tmp_path / "small", "wrn10_2", formula_tensor)
     decoder = folder / "wrn_28_10_cifar_10_cui_2023_decoder.safetensors"
-    whole = decoder.read_bytes()
-    two, none = folder / "another_decoder.safetensors", f"{folder} should hold one .* file of the decoder, not"
-    some = {"0.1.weight": torch.zeros(2, 640)}
-    for write, sentence in (
-        (lambda: two.write_bytes(whole), f"{none} 2"),
-        (lambda: two.unlink() or decoder.unlink(), f"{none} 0"),
-        (lambda: decoder.write_text("<html>"), f"{decoder} is a web page"),
-        (lambda: save_file(some, decoder), f"{folder} is not the authors' purifier: there is no tensor '1.0.weight'"),
-        (lambda: save_file(some | {"1.0.weight": torch.zeros(256)}, decoder), f"the weights in {decoder} do not fit"),
-    ):
-        write()
+
+    def check(sentence):
         with pytest.raises(ValueError, match=sentence):
             load(folder)
+
+    shutil.copy(decoder, folder / "another_decoder.safetensors")
+    check(f"{folder} should hold one .safetensors file of the decoder, not 2")
+    (folder / "another_decoder.safetensors").unlink()
+    save_file({"0.1.weight": torch.zeros(2, 640)}, decoder)
+    check(f"{folder} is not the authors' purifier: there is no tensor '1.0.weight'")
+    save_file({"0.1.weight": torch.zeros(2, 640), "1.0.weight": torch.zeros(256)}, decoder)
+    check(f"the weights in {decoder} do not fit")
 
 
 def test_the_authors_files_are_fetched_from_their_places(tmp_path, monkeypatch, reference_carso):
@@ -84,11 +67,8 @@ def test_the_authors_files_are_fetched_from_their_places(tmp_path, monkeypatch, 
     folder = fetch_published("cifar10", tmp_path / "data")
     assert folder == tmp_path / "data" / "published" / "carso-cifar10"
     assert hash_weights(load(folder).purifier.decoder) == hash_weights(reference_carso.purifier.decoder)
-    for file in host.iterdir():
-        file.unlink()
+    shutil.rmtree(host)
     assert fetch_published("cifar10", tmp_path / "data") == folder  # they are there
-    with pytest.raises(OSError, match="could not be downloaded.*by hand"):
-        fetch_published("cifar100", tmp_path / "data")
 
 
 # ------------------------------------------------------------------------------------- two classifiers, and z = 0

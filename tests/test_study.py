@@ -47,9 +47,8 @@ def test_it_is_what_one_can_walk_through_in_an_hour():
 
 def test_the_blocks_can_be_pasted():
     """At a prompt, a loop or a function of several lines would wait for an empty line."""
-    compound = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef)
-    for title, block in zip(TITLES, BLOCKS):
-        assert not any(isinstance(statement, compound) for statement in ast.parse(block).body), title
+    for block in BLOCKS:
+        assert not any(hasattr(statement, "body") for statement in ast.parse(block).body), block
 
 
 def test_every_link_leads_to_its_function():
@@ -95,30 +94,6 @@ def test_noise_is_as_strong_as_an_attack(study):
     first, second = (ast.literal_eval(line) for line in s.printed.splitlines())
     assert len(first) == len(second) == 9 and second[0] >= first[0]
     assert first[-1] > second[-1]
-
-
-def test_the_condition_is_what_the_text_counts(study):
-    s = study("4.3")
-    assert sum(layer[0].numel() for layer in s.layers) == 69_632
-    assert s.carso.purifier.condition_head[0].in_features == 4_000
-    assert s.train.PRESETS["digits"].condition_dim == 64
-    assert s.members.std(1).mean() < s.members.mean(1).std(0).mean()
-
-
-def test_the_batch_is_balanced(study):
-    s = study("4.4: ")
-    far = (s.batch - s.x).abs().amax((1, 2, 3))
-    assert ((far > 0) == (s.kinds >= 0)).all() and far.gt(0).sum() == 12
-    assert s.kinds[s.kinds >= 0].bincount().tolist() == [3, 3, 3, 3]
-    assert (far <= torch.tensor([s.eps / 2, s.eps] * 2 + [0])[s.kinds] + 1e-6).all()
-    assert s.printed.strip().endswith("tensor(128)")
-
-
-def test_reconstructions_of_all_kinds(study):
-    s = study("4.4 and")
-    rows = [ast.literal_eval(line) for line in s.printed.splitlines()]
-    assert len(rows) == 5 and rows[0][0] == 0 and all(row[0] > 0 for row in rows[1:])
-    assert all(reconstruction.shape == s.x.shape for _, reconstruction in s.pairs)
 
 
 def test_the_decision_is_the_papers_and_its_probability_is_1(study):
