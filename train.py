@@ -462,7 +462,10 @@ class Run:
     def claim_folder(self) -> None:
         """Raises ValueError where the folder holds another training."""
         datasets.check_config(self.folder / "config.json", self.config, "folder (--name)")
-        for path in self.folder.glob(".*.part"):  # of a run that was killed while it wrote
+        needless = [*self.folder.glob(".*.part")]  # of a run that was killed while it wrote
+        if (self.folder / "carso.pt").is_file():
+            needless += self.folder.glob("*.resume.pt")  # of one that was killed at its very end
+        for path in needless:
             path.unlink()
 
     def is_complete(self) -> bool:

@@ -23,7 +23,7 @@ from purifier import load_carso
 
 SEEDS = (0, 1, 2)
 CONDITIONS = [(taps, D, KL) for taps in ("all", "last") for D in (64, 8) for KL in ("1", "0.01")]
-ONE_SEED = ("fixed-0.2", "S0-0.2", "S1-0.2", "S32-0.2", "S8-long", "eot4", "eot20", "eot100")
+ONE_SEED = ("fixed-0.2", "S0-0.2", "S1-0.2", "S32-0.2", "S8-long", "eot1", "eot4", "eot20", "eot100")
 
 
 def read_report(folder: Path) -> dict | None:
@@ -155,7 +155,7 @@ def main(argv=None) -> int:
                 robust = f"{100 * report['robust']['accuracy']:.1f} ({low:.1f} to {high:.1f})"
                 cells = [folder.name, name, str(report["n"]), join([report["clean"]["accuracy"]]), attacks, robust]
                 print("| " + " | ".join([*cells, "passed" if report["audit"]["passed"] else "**failed**"]) + " |")
-    save_figure(draw_figure(points), Path("assets/stochastic.png"))
+    save_figure(draw_figure(points), Path("assets/agreement.png"))
     return 0
 
 

@@ -4,7 +4,7 @@
 #
 #   bash results/stochastic.sh                # everything, for seeds 0, 1, 2
 #   bash results/stochastic.sh "0"            # for some seeds
-#   python -m results.stochastic              # then: the tables, and assets/stochastic.png
+#   python -m results.stochastic              # then: the tables, and assets/agreement.png
 set -euo pipefail
 seeds=${1:-0 1 2}
 run() { # 3: the audit failed, which is a result
@@ -33,7 +33,7 @@ for seed in $seeds; do
   done
 done
 
-R="--attack rand apgd-ce"
+R="--attack rand apgd-ce" # AutoAttack's APGD on two losses, and ours
 # S = 8 under its own attack, at two radii.
 for seed in $seeds; do
   for name in {last,all}-{64,8}-{1,0.01}-$seed; do
@@ -41,16 +41,19 @@ for seed in $seeds; do
     attack $name S8-0.1 $R --eps 0.1 --pictures 100 --eot 1
   done
 done
-# One seed: S = 1 and S = 32; the same codes for every picture; z = 0; gradients of more draws; more steps.
+# One seed: S = 1 and z = 0; of D = 8 also the same codes for every picture, and S = 32.
 for name in {last,all}-{8,64}-1-0; do
   attack $name S1-0.2 $R --eps 0.2 --pictures 100 --samples 1 --eot 8
-  attack $name fixed-0.2 $R --eps 0.2 --pictures 100 --control fixed-z
   attack $name S0-0.2 $R --eps 0.2 --pictures 100 --samples 0
+done
+for name in {last,all}-8-1-0; do
+  attack $name fixed-0.2 $R --eps 0.2 --pictures 100 --control fixed-z
   attack $name S32-0.2 $R --eps 0.2 --pictures 50 --samples 32 --eot 1
 done
-for eot in 4 20 100; do
-  attack last-8-1-0 eot$eot --attack apgd-ce --eps 0.2 --pictures 50 --eot $eot
+# One purifier whose members disagree most: gradients of more draws. And more steps.
+for eot in 1 4 20 100; do
+  attack last-8-1-0 eot$eot --attack apgd-ce --eps 0.2 --pictures 25 --eot $eot
 done
-for name in last-64-1-0 last-8-1-0 all-8-1-0; do
-  attack $name S8-long $R --eps 0.2 --pictures 200 --eot 1 --steps 50
+for name in last-64-1-0 last-8-1-0; do
+  attack $name S8-long $R --eps 0.2 --pictures 100 --eot 1 --steps 50
 done

@@ -559,7 +559,9 @@ def test_a_run_leaves_what_it_promises_and_says_what_it_logs(folder):
     purifier = np.loadtxt(whole / "log-purifier.tsv", skiprows=1)  # means: of 1024 pixels, about log 2 each
     assert purifier[:, 0].tolist() == [0, 1] and ((purifier[:, 2] > 300) & (purifier[:, 2] < 1500)).all()
     assert purifier[0, 1] == pytest.approx(purifier[0, 2])  # the KL weight is 0 in the first epoch
+    (whole / "purifier.resume.pt").touch()  # as of a run that was killed between its last two lines
     assert "is complete" in here(folder, *OPTIONS, "--name", "whole")
+    assert {path.name for path in whole.iterdir()} == WHOLE
 
 
 KILL = """
