@@ -4,10 +4,8 @@ two processes, with wrong input."""
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -754,46 +752,17 @@ def test_in_bfloat16_are_attacks_classifier_and_purifier_but_not_the_losses(fold
     np.testing.assert_allclose(*logs, rtol=0.1)
 
 
-def write_cifar10(folder) -> None:
-    """Some pictures as torchvision keeps CIFAR-10's, and a module that makes it believe in them."""
-    data = folder / "data" / "cifar-10-batches-py"
-    data.mkdir(parents=True)
-    rng, labels = np.random.default_rng(0), np.arange(192) % 10
-    pictures = (20 * labels[:, None] + rng.integers(0, 60, (192, 3072))).astype(np.uint8)
-    files = {
-        "data_batch_1": {"data": pictures[:160], "labels": labels[:160].tolist()},
-        "test_batch": {"data": pictures[160:], "labels": labels[160:].tolist()},
-        "batches.meta": {"label_names": list("abcdefghij")},
-    }
-    hashes = {}
-    for name, content in files.items():
-        (data / name).write_bytes(pickle.dumps(content))
-        hashes[name] = hashlib.md5((data / name).read_bytes()).hexdigest()
-    (folder / "sitecustomize.py").write_text(f"""
-from torchvision.datasets import CIFAR10
-hashes = {hashes}
-CIFAR10.train_list = [["data_batch_1", hashes["data_batch_1"]]]
-CIFAR10.test_list = [["test_batch", hashes["test_batch"]]]
-CIFAR10.meta["md5"] = hashes["batches.meta"]
-""")
-
-
 @pytest.mark.slow
-def test_the_cards_own_line_on_eight_processes(tmp_path, monkeypatch):
-    """As one process would train and evaluate, but for the order of summation."""
-    write_cifar10(tmp_path)
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+def test_eight_processes_train_and_evaluate_as_one(folder, tmp_path):
+    """By torchrun, as the README says."""
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=8".split()
-    small = ["--depth", 10, "--width", 1, "--classifier-epochs", 1, *TINY[TINY.index("--attack-steps") :]]
-    training = ["--dataset", "cifar10", "--epochs", 1, *small, "--device", "cpu"]
-    said = execute(tmp_path, *torchrun, ROOT / "train.py", *training)
-    assert "cifar10: 160 training pictures (3, 32, 32), 10 classes; 8 process(es) on cpu" in said
-    execute(tmp_path, ROOT / "train.py", *training, "--name", "alone")
-    assert_same(tmp_path / "runs" / "alone", tmp_path / "runs" / "cifar10", close=1e-3)
+    shutil.copy(folder / "tiny.npz", tmp_path)
+    assert "8 process(es) on cpu" in execute(tmp_path, *torchrun, ROOT / "train.py", *OPTIONS, "--device", "cpu")
+    assert_same(folder / "runs" / "whole", tmp_path / "runs" / "tiny", close=CLOSE)
 
-    numbers = "--attack rand --pictures 16 --chunk 2 --steps 2 --eot 1 --select 2 --draws 2 --device cpu".split()
+    numbers = "--attack rand --pictures 12 --chunk 2 --steps 2 --eot 1 --select 2 --draws 2 --device cpu".split()
     # At the training's eps an attack's step is lost among roundings, and the audit says so.
-    evaluation = [ROOT / "evaluate.py", "--ckpt", "runs/cifar10/carso.pt", "--eps", "8/255", *numbers]
+    evaluation = [ROOT / "evaluate.py", "--ckpt", "runs/tiny/carso.pt", "--eps", "8/255", *numbers]
     execute(tmp_path, *torchrun, *evaluation, "--out", "eight")
     execute(tmp_path, *evaluation, "--out", "one")
     assert (tmp_path / "eight" / "rows.tsv").read_text() == (tmp_path / "one" / "rows.tsv").read_text()
