@@ -551,7 +551,7 @@ def test_controls_cut_what_they_name(tiny_carso):
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_every_control_is_evaluated(folder, control):
-    options = ["--control", control, "--attack", "clean", "--pictures", "2", "--out", control]
+    options = ["--control", control, "--attack", "clean", "--eps", "0.001", "--pictures", "2", "--out", control]
     assert call(folder, "--ckpt", "carso.pt", *options)[0] in (0, 3)
     config = read_report(folder, control)["config"]
     assert config["control"] == control
