@@ -26,7 +26,7 @@ import evaluate
 from attacks import measure_slope_error
 from data import load, pixels
 from evaluate import AGGREGATIONS, ATTACKS, BUDGETS, VIEWS, Attack, Evaluation, Seen, climb, reseed, score
-from models import save_tensors
+from models import load_tensors, save_tensors
 from purifier import CARSO, load_carso, save_carso
 
 SMALL = dict(
@@ -263,6 +263,11 @@ def test_a_classifier_alone_is_evaluated(folder, others):
     assert status == 0 and "The classifier keeps" in said and "| defence" not in said
     assert read_rows(folder, "classifier") == [row for row in read_rows(folder) if row["model"] == "classifier"]
 
+    weights = load_tensors(folder / "classifier.pt")["state_dict"]
+    save_tensors(folder / "darker.pt", {"state_dict": weights | {"mean": weights["mean"] + 0.1}})
+    status, said = call(folder, *options, "--ckpt", "darker.pt")
+    assert status == 2 and "classifier holds other settings (normalisation: " in said
+
 
 def test_test_pictures_alone_are_enough_and_keep_their_numbers(folder):
     labels = DIGITS.test_labels[:6].numpy()  # in the order of their classes, and so they are shuffled
@@ -472,6 +477,15 @@ def test_the_worst_is_the_candidate_with_the_least_share(tmp_path):
         assert (worst[found.min(0) < found[[0, 2, 3]].min(0)] == np.float32(0.402)).all()
         assert (worst[found.min(0) == found[0]] == np.float32(0.602)).all()  # among equals the first one
     assert (worst == np.float32(0.402)).any()
+
+
+def test_an_attack_counts_with_its_best_candidate(tmp_path):
+    both = Attack(lambda seen, x, y, settings: torch.stack([x + 0.1, x - 0.1]))
+    attacks = {"brighter": shift(0.1), "darker": shift(-0.1), "both": both}
+    e = make_evaluation(Coin(0.5), tmp_path, attacks, cascade=False)
+    finish(e)
+    brighter, darker, found = (read(e, name, 0)["select"] for name in attacks)
+    assert np.array_equal(found, np.minimum(brighter, darker)) and (brighter > darker).any()
 
 
 def test_the_audit_looks_where_the_attack_ended(tmp_path, networks):
