@@ -68,11 +68,9 @@ def test_seeds_are_averaged_and_their_spread_counts(tmp_path):
         assert mean == 0.5 and low < 0 and high == 1  # two seeds say little of how far seeds differ
         assert row["robust"].tolist() == [1, 0] and row["audit"] == "**failed**"
         assert row["flattered"] == pytest.approx(0.1)
-
-
-def test_as_many_seeds_of_both_are_paired(tmp_path):
-    groups = [[write_evaluation(tmp_path / f"{name}-{k}", [k] * 50) for k in (0, 4)] for name in ("one", "two")]
-    assert compare.compare(groups)[0][1]["robust_difference"] == [0, 0, 0]  # however far the seeds lie apart
+    third = [write_evaluation(tmp_path / f"three-{k}", [k] * 50) for k in (4, 0)]
+    row = compare.compare([second, third])[0][1]
+    assert row["robust_difference"] == [0, 0, 0]  # as many are paired, however far they lie apart
 
 
 def test_the_interval_covers_the_choice_of_seeds(monkeypatch):
@@ -114,25 +112,16 @@ def test_unlike_budgets_are_named(tmp_path, capsys):
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
-    one = write_evaluation(tmp_path / "one", [4])
-    unfinished = write_evaluation(tmp_path / "unfinished", [4])
-    (tmp_path / "unfinished" / "report.json").unlink()
-    rowless = write_evaluation(tmp_path / "rowless", [4])
-    (tmp_path / "rowless" / "rows.tsv").unlink()
-    broken, another = (write_evaluation(tmp_path / name, [4]) for name in ("broken", "another"))
-    (tmp_path / "broken" / "report.json").write_text("{half")
-    (tmp_path / "another" / "report.json").write_text("{}")
+    one, unfinished, broken = (write_evaluation(tmp_path / name, [4]) for name in ("one", "unfinished", "broken"))
+    (tmp_path / "unfinished" / "rows.tsv").unlink()
+    (tmp_path / "broken" / "report.json").write_text("{}")
     for folders, sentence in (
         ([one, write_evaluation(tmp_path / "eps", [4], eps=0.1)], "has eps 0.1, but"),
-        ([one, write_evaluation(tmp_path / "more", [4, 4])], "has pictures 2, but"),
         ([one, write_evaluation(tmp_path / "others", [4], data="c3d4")], "has data c3d4, but"),
         ([one, write_evaluation(tmp_path / "renumbered", [4], numbers=[1])], "numbers or labels its pictures"),
-        ([one, f"{tmp_path}/eps/../one"], "a folder stands twice"),
-        ([f"{one},{one}"], "a folder stands twice"),
+        ([f"{one},{tmp_path}/eps/../one"], "a folder stands twice"),
         ([unfinished], "not a finished evaluation: there is no"),
-        ([rowless], "not a finished evaluation: there is no"),
         ([broken], "broken' holds files that evaluate.py did not write"),
-        ([another], "another' holds files that evaluate.py did not write"),
     ):
         assert exit_status("compare", functools.partial(compare.main, folders)) == 2
         error = capsys.readouterr().err
