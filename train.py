@@ -800,7 +800,7 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
             lookahead.step()
             stage.add(batch, torch.stack([loss, bce, kld]))
         draw_reconstructions(run, carso, epoch)
-    # BatchNorm's statistics are those of the fast weights. As the rate ends near 0, the slow weights are so near to them
+    # BatchNorm's statistics are those of the fast weights. As the rate ends near 0, the slow ones are so near to these
     # that one more epoch for statistics of their own changed nothing (RESULTS.md).
     lookahead.finish()
     carso.eval()
