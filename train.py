@@ -248,22 +248,6 @@ def build_optimizer(purifier: nn.Module, p: Preset) -> Lookahead:
     return Lookahead(torch.optim.RAdam(purifier.parameters(), **settings), k=6, alpha=0.8)
 
 
-@contextlib.contextmanager
-def averaging_batchnorm(network: nn.Module):
-    """Inside, BatchNorm's running statistics become the plain mean over the batches seen there: Lookahead's slow
-    weights are the result, but the statistics collected on the way belong to the fast ones."""
-    layers = find_batchnorms(network)
-    momenta = [layer.momentum for layer in layers]
-    try:
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative average
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta):
-            layer.momentum = momentum
-
-
 def find_batchnorms(network: nn.Module) -> list[nn.Module]:
     return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
@@ -816,14 +800,9 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
             lookahead.step()
             stage.add(batch, torch.stack([loss, bce, kld]))
         draw_reconstructions(run, carso, epoch)
+    # BatchNorm's statistics are those of the fast weights. As the rate ends near 0, the slow ones are so near to these
+    # that one more epoch for statistics of their own changed nothing (RESULTS.md).
     lookahead.finish()
-
-    # One more epoch, attacked anew, with the slow weights: only BatchNorm's statistics are collected.
-    with averaging_batchnorm(purifier), torch.no_grad():
-        stage = Stage(run, "batchnorm", 1, p.batch_size, {"purifier": purifier}, ("loss", "bce", "kld"))
-        for epoch in stage.epochs():
-            for batch, perturbed in perturb(run, carso.classifier, stage.batches(epoch)):
-                stage.add(batch, torch.stack(compute_losses(run, carso, network, batch, perturbed, beta=1.0)))
     carso.eval()
 
 

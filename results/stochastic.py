@@ -23,7 +23,8 @@ from purifier import load_carso
 
 SEEDS = (0, 1, 2)
 CONDITIONS = [(taps, D, KL) for taps in ("all", "last") for D in (64, 8) for KL in ("1", "0.01")]
-ONE_SEED = ("fixed-0.2", "S0-0.2", "S1-0.2", "S32-0.2", "S8-long", "eot1", "eot4", "eot20", "eot100")
+RADII = ("0.1", "0.2")
+ONE_SEED = ("S8-0.2", "S0-0.2", "S1-0.2", "S32-0.2", "fixed-0.2", "S8-long", "eot4", "eot20", "eot100")
 
 
 def read_report(folder: Path) -> dict | None:
@@ -58,7 +59,7 @@ def measure_members(folder: Path, digits: datasets.Dataset) -> dict:
 
     _, of_mean_code = compute_members(carso, clean, torch.zeros(200, 1, carso.purifier.config["latent_dim"]))
     found["clean"]["z=0"] = (of_mean_code[:, 0].argmax(1) == labels).float().mean().item()
-    for eps in ("0.1", "0.2"):
+    for eps in RADII:
         pictures = read_worst(folder / f"S8-{eps}")
         z = torch.randn(len(pictures), 32, carso.purifier.config["latent_dim"])
         _, logits = compute_members(carso, pictures, z)
@@ -90,20 +91,88 @@ def measure_decisions(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, f
     return accuracies
 
 
-def join(values, scale=100, digits=1) -> str:
-    return ", ".join(f"{scale * value:.{digits}f}" for value in values)
+def read_condition(taps: str, D: int, KL: str, digits: datasets.Dataset) -> list[dict]:
+    """For each seed that is evaluated what `measure_members` found, and the accuracies left at the two radii."""
+    found = []
+    for seed in SEEDS:
+        folder = Path(f"runs/{taps}-{D}-{KL}-{seed}")
+        reports = {eps: read_report(folder / f"S8-{eps}") for eps in RADII}
+        if all(reports.values()):
+            seen = measure_members(folder, digits)
+            for eps, report in reports.items():
+                seen[eps]["attacked"] = report["robust"]["accuracy"]
+                seen[eps]["passed"] = report["audit"]["passed"]
+            found.append(seen)
+    return found
 
 
-def draw_figure(points: dict) -> Figure:
-    """Accuracy over agreement, a point for each purifier: filled on clean pictures, hollow at eps 0.1, crosses 0.2."""
+def print_row(cells) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def percent(values) -> str:
+    return ", ".join(f"{100 * value:.1f}" for value in values)
+
+
+def print_conditions(conditions: dict) -> None:
+    """A row a condition: numbers by seed, but for agreement, deviations and BCE, which are means over the seeds."""
+    print_row(["taps, D, KL weight", "KL", "deviation over draws, pictures", "BCE", "agree: clean, 0.1, 0.2",
+               "clean: S = 8", "clean: z = 0", "eps 0.1", "eps 0.2", "audits failed"])  # fmt: skip
+    for (taps, D, KL), found in conditions.items():
+        mean = {key: np.mean([seen[key] for seen in found]) for key in ("over_draws", "over_pictures", "bce")}
+        agree = [100 * np.mean([seen[what]["agree"] for seen in found]) for what in ("clean", *RADII)]
+        print_row(
+            [
+                f"{taps}, {D}, {KL}",
+                ", ".join(f"{seen['kl']:.1f}" for seen in found),
+                f"{mean['over_draws']:.3f}, {mean['over_pictures']:.2f}",
+                f"{mean['bce']:.0f}",
+                ", ".join(f"{share:.0f}" for share in agree),
+                percent(seen["clean"]["robust"] for seen in found),
+                percent(seen["clean"]["z=0"] for seen in found),
+                *(percent(seen[eps]["attacked"] for seen in found) for eps in RADII),
+                sum(not seen[eps]["passed"] for seen in found for eps in RADII),
+            ]
+        )
+
+
+def print_decisions(conditions: dict) -> None:
+    """A row a condition and kind of pictures: what single members and every aggregation make of the same members."""
+    names = ["member", *AGGREGATIONS]
+    print_row(["taps, D, KL weight", "pictures", *names])
+    for (taps, D, KL), found in conditions.items():
+        for what in ("clean", *RADII):
+            means = [percent([np.mean([seen[what][name] for seen in found])]) for name in names]
+            print_row([f"{taps}, {D}, {KL}", what, *means])
+
+
+def print_one_seed() -> None:
+    """A row for each evaluation of seed 0's purifiers of KL weight 1."""
+    print_row(["taps, D", "evaluation", "n", "clean", "attacks", "worst", "audit"])
+    for taps, D in (("all", 64), ("all", 8), ("last", 64), ("last", 8)):
+        for name in ONE_SEED:
+            report = read_report(Path(f"runs/{taps}-{D}-1-0/{name}"))
+            if report:
+                attacks = ", ".join(f"{attack} {100 * a['accuracy']:.1f}" for attack, a in report["attacks"].items())
+                low, high = (100 * bound for bound in report["robust"]["interval"])
+                worst = f"{100 * report['robust']['accuracy']:.1f} ({low:.1f} to {high:.1f})"
+                audit = "passed" if report["audit"]["passed"] else "**failed**"
+                clean = f"{100 * report['clean']['accuracy']:.1f}"
+                print_row([f"{taps}, {D}", name, report["n"], clean, attacks, worst, audit])
+
+
+def draw_figure(conditions: dict) -> Figure:
+    """Accuracy over agreement, a point for each purifier: full on clean pictures, hollow at eps 0.1, crosses at 0.2."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     marks = {"clean": dict(marker="o"), "0.1": dict(marker="o", mfc="white"), "0.2": dict(marker="x")}
     for colour, (taps, label) in zip(COLOURS, {"all": "all layers", "last": "the last group alone"}.items()):
+        seen_of_all = [seen for condition, found in conditions.items() if condition[0] == taps for seen in found]
+        agreement = [100 * seen["clean"]["agree"] for seen in seen_of_all]
         for what, mark in marks.items():
-            x, y = zip(*points[taps, what])
+            accuracy = [100 * seen[what]["robust" if what == "clean" else "attacked"] for seen in seen_of_all]
             title = f"{label}, {'not attacked' if what == 'clean' else 'eps ' + what}"
-            axes.plot(x, y, ls="", color=colour, ms=6, label=title, **mark)
+            axes.plot(agreement, accuracy, ls="", color=colour, ms=6, label=title, **mark)
     axes.set(xlabel="clean pictures to which all of 32 members give one label (%)", ylabel="accuracy (%), S = 8")
     axes.set(xlim=(0, 102), ylim=(-3, 103))
     axes.spines[["top", "right"]].set_visible(False)
@@ -114,48 +183,15 @@ def draw_figure(points: dict) -> Figure:
 
 def main(argv=None) -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args(argv)
-    digits, runs, points = datasets.load("digits"), Path("runs"), {}
-    print("| taps, D, KL weight | KL | over draws / pictures | agree: clean, 0.1, 0.2 | BCE | clean, S = 8; z = 0 "
-          "| eps 0.1 | eps 0.2 | audits failed |")  # fmt: skip
-    decisions = []
-    for taps, D, KL in CONDITIONS:
-        folders = [runs / f"{taps}-{D}-{KL}-{seed}" for seed in SEEDS]
-        folders = [folder for folder in folders if read_report(folder / "S8-0.1") and read_report(folder / "S8-0.2")]
-        if not folders:
-            continue
-        found = [measure_members(folder, digits) for folder in folders]
-        reports = {eps: [read_report(folder / f"S8-{eps}") for folder in folders] for eps in ("0.1", "0.2")}
-        robust = {eps: [report["robust"]["accuracy"] for report in reports[eps]] for eps in reports}
-        failed = sum(not report["audit"]["passed"] for eps in reports for report in reports[eps])
-        mean = {key: np.mean([f[key] for f in found]) for key in ("over_draws", "over_pictures", "bce")}
-        agree = ", ".join(f"{100 * np.mean([f[what]['agree'] for f in found]):.0f}" for what in ("clean", "0.1", "0.2"))
-        cells = [f"{taps}, {D}, {KL}", join([f["kl"] for f in found], 1, 2)]
-        cells += [f"{mean['over_draws']:.3f} / {mean['over_pictures']:.3f}", agree, f"{mean['bce']:.1f}"]
-        cells.append(f"{join([f['clean']['robust'] for f in found])}; {join([f['clean']['z=0'] for f in found])}")
-        cells += [join(robust["0.1"]), join(robust["0.2"]), str(failed)]
-        print("| " + " | ".join(cells) + " |")
-        for f, *attacked in zip(found, robust["0.1"], robust["0.2"]):
-            for what, accuracy in zip(("clean", "0.1", "0.2"), (f["clean"]["robust"], *attacked)):
-                points.setdefault((taps, what), []).append((100 * f["clean"]["agree"], 100 * accuracy))
-        for what in ("clean", "0.1", "0.2"):
-            of = {name: np.mean([f[what][name] for f in found]) for name in ("member", *AGGREGATIONS)}
-            decisions.append(
-                f"| {taps}, {D}, {KL} | {what} | " + " | ".join(join([value]) for value in of.values()) + " |"
-            )
-
-    print("\n| taps, D, KL weight | pictures | " + " | ".join(("member", *AGGREGATIONS)) + " |")
-    print("\n".join(decisions))
-    print("\n| purifier | evaluation | n | clean | attacks | worst | audit |")
-    for folder in sorted(runs.glob("*-*-1-0")):
-        for name in ("S8-0.2", *ONE_SEED):
-            report = read_report(folder / name)
-            if report:
-                attacks = ", ".join(f"{attack} {100 * a['accuracy']:.1f}" for attack, a in report["attacks"].items())
-                low, high = (100 * bound for bound in report["robust"]["interval"])
-                robust = f"{100 * report['robust']['accuracy']:.1f} ({low:.1f} to {high:.1f})"
-                cells = [folder.name, name, str(report["n"]), join([report["clean"]["accuracy"]]), attacks, robust]
-                print("| " + " | ".join([*cells, "passed" if report["audit"]["passed"] else "**failed**"]) + " |")
-    save_figure(draw_figure(points), Path("assets/agreement.png"))
+    digits = datasets.load("digits")
+    conditions = {condition: read_condition(*condition, digits) for condition in CONDITIONS}
+    conditions = {condition: found for condition, found in conditions.items() if found}
+    print_conditions(conditions)
+    print()
+    print_decisions(conditions)
+    print()
+    print_one_seed()
+    save_figure(draw_figure(conditions), Path("assets/agreement.png"))
     return 0
 
 

@@ -41,19 +41,18 @@ for seed in $seeds; do
     attack $name S8-0.1 $R --eps 0.1 --pictures 100 --eot 1
   done
 done
-# One seed: S = 1 and z = 0; of D = 8 also the same codes for every picture, and S = 32.
-for name in {last,all}-{8,64}-1-0; do
-  attack $name S1-0.2 $R --eps 0.2 --pictures 100 --samples 1 --eot 8
-  attack $name S0-0.2 $R --eps 0.2 --pictures 100 --samples 0
-done
-for name in {last,all}-8-1-0; do
-  attack $name fixed-0.2 $R --eps 0.2 --pictures 100 --control fixed-z
-  attack $name S32-0.2 $R --eps 0.2 --pictures 50 --samples 32 --eot 1
-done
-# One purifier whose members disagree most: gradients of more draws. And more steps.
-for eot in 1 4 20 100; do
+# One seed. The purifier whose members disagree most: gradients of more draws.
+for eot in 4 20 100; do
   attack last-8-1-0 eot$eot --attack apgd-ce --eps 0.2 --pictures 25 --eot $eot
 done
+# z = 0, S = 1, and the same codes for every picture, each under an attack of its own.
+for name in {last,all}-8-1-0 {last,all}-64-1-0; do
+  attack $name S0-0.2 $R --eps 0.2 --pictures 100 --samples 0
+  attack $name fixed-0.2 $R --eps 0.2 --pictures 100 --control fixed-z
+  attack $name S1-0.2 $R --eps 0.2 --pictures 100 --samples 1 --eot 8
+done
+# S = 32, and more steps.
+attack last-8-1-0 S32-0.2 $R --eps 0.2 --pictures 50 --samples 32 --eot 1
 for name in last-64-1-0 last-8-1-0; do
   attack $name S8-long $R --eps 0.2 --pictures 100 --eot 1 --steps 50
 done

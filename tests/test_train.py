@@ -130,18 +130,6 @@ def test_small_sets_get_batches_of_a_tenth_and_lower_rates(count, batches, rates
         assert train.fit_batches(PRESETS["cifar10"], count, given, processes=1).learning_rate == 0.064
 
 
-def test_averaged_batchnorm_has_the_statistics_of_the_data():
-    network = nn.Sequential(nn.BatchNorm1d(3))
-    network[0].running_mean.fill_(100)
-    parts = torch.randn(4, 25, 3) * 2 + 5
-    with train.averaging_batchnorm(network):
-        for part in parts:
-            network(part)
-    assert_close(network[0].running_mean, parts.mean((0, 1)))
-    assert_close(network[0].running_var, torch.stack([part.var(0) for part in parts]).mean(0))
-    assert network[0].momentum == 0.1
-
-
 # ------------------------------------------------------------------------------------------- ranks, and the loop alone
 
 
@@ -533,7 +521,7 @@ def assert_same(one, other, close=0.0):
 
 
 WHOLE = {"carso.pt", "classifier.pt", "config.json", "reconstructions.png"}
-WHOLE |= {f"log-{stage}.tsv" for stage in ("classifier", "purifier", "batchnorm")}
+WHOLE |= {f"log-{stage}.tsv" for stage in ("classifier", "purifier")}
 
 
 def test_a_run_leaves_what_it_promises(folder):
@@ -553,7 +541,7 @@ def test_a_run_says_what_it_logs(folder):
     whole, said = folder / "runs" / "whole", (folder / "said-whole.txt").read_text()
     assert "\nnow: python evaluate.py --ckpt runs/whole/carso.pt --budget reduced\n" in said
     printed = [line.split() for line in said.splitlines() if re.match(r" *(\d|epoch)", line)]
-    for stage in ("classifier", "purifier", "batchnorm"):
+    for stage in ("classifier", "purifier"):
         log = [line.split("\t") for line in (whole / f"log-{stage}.tsv").read_text().splitlines()]
         rows = [log[0]] + [[row[0], *(f"{float(value):.5g}" for value in row[1:])] for row in log[1:]]
         assert rows == [line[: len(log[0])] for line in printed[: len(log)]]
@@ -584,9 +572,9 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(folder):
 
     kill(folder, "classifier.resume.pt", 3, *options)
     kill(folder, "purifier.resume.pt", 8, *options)
-    kill(folder, "batchnorm.resume.pt", 4, *options)
+    kill(folder, "carso.pt", 1, *options)
     said = here(folder, *options)
-    assert "in batches of 9, going on at epoch 2, step 0" in said and "going on at epoch 0, step 3" in said
+    assert "in batches of 9, going on at epoch 2, step 0" in said
     assert {path.name for path in left.iterdir()} == WHOLE
     assert_same(folder / "runs" / "whole", left)
 
@@ -694,7 +682,7 @@ def test_two_processes_stop_together_and_go_on_in_any_number(folder, two_process
     assert [path.name for path in (folders[0] / "runs").iterdir()] == ["tiny"]  # nothing was made of what differed
     assert all("stopped at purifier epoch 1, step 2, and saved" in text for text in (said, other))
     first, second = (re.findall("^weights .*", text, re.M) for text in (said, other))
-    assert first == second and len(first) == 3 + 10 + 5
+    assert first == second and len(first) == 3 + 10
     assert len({line.split()[-1] for line in first[:13]}) == 13  # they change with each step
 
     assert "2 process(es)" in said and "now: python" in said and said.count("classifier: 1 epochs") == 1
@@ -964,7 +952,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder, classes, options, s
     assert not (folder / "runs" / "unfit").exists()
 
 
-@pytest.mark.parametrize("file", ["classifier.pt", "classifier.resume.pt", "purifier.resume.pt", "batchnorm.resume.pt"])
+@pytest.mark.parametrize("file", ["classifier.pt", "classifier.resume.pt", "purifier.resume.pt"])
 def test_damaged_files_are_refused_by_name_and_left_as_they_are(folder, tmp_path, file):
     whole = tmp_path / "runs" / "whole"
     shutil.copy(folder / "tiny.npz", tmp_path)
