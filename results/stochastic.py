@@ -163,7 +163,7 @@ def print_one_seed() -> None:
 
 def draw_figure(conditions: dict) -> Figure:
     """Accuracy over agreement, a point for each purifier: full on clean pictures, hollow at eps 0.1, crosses at 0.2."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = figure.subplots()
     marks = {"clean": dict(marker="o"), "0.1": dict(marker="o", mfc="white"), "0.2": dict(marker="x")}
     for colour, (taps, label) in zip(COLOURS, {"all": "all layers", "last": "the last group alone"}.items()):
@@ -177,7 +177,7 @@ def draw_figure(conditions: dict) -> Figure:
     axes.set(xlim=(0, 102), ylim=(-3, 103))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
