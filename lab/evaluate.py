@@ -205,9 +205,8 @@ def check_output(model: nn.Module, images: torch.Tensor, classes: int, name: str
 def answers_depend_on_mode(model: nn.Module, images: torch.Tensor) -> bool:
     """True if the model would answer otherwise if all of it were in eval mode. images: (n, C, H, W) uint8."""
     x = datasets.pixels(images)
-    modes = {
-        module: module.training for module in model.modules() if hasattr(module, "training")
-    }  # frozen ones lack it
+    # A frozen TorchScript module has no mode.
+    modes = {module: module.training for module in model.modules() if hasattr(module, "training")}
     with torch.no_grad():
         here = hold_noise(Seen(model), x, seed=0)(x).nan_to_num()
         for module in modes:

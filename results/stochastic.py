@@ -45,7 +45,7 @@ def measure_members(folder: Path, digits: datasets.Dataset) -> dict:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     carso, _ = load_carso(folder / "carso.pt")
-    carso.manual_seed(0)
+    torch.manual_seed(0)
     clean, labels = datasets.pixels(digits.test_images[:200]), digits.test_labels[:200]
     last_row = (folder / "log-purifier.tsv").read_text(encoding="utf-8").splitlines()[-1]
     found = {"kl": float(last_row.split("\t")[-1])}

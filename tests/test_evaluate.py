@@ -706,6 +706,14 @@ def test_the_audit_catches_a_planted_failure(networks, tmp_path, kind):
     assert any(sentence in fault for fault in found), found
 
 
+def test_a_gradient_that_is_right_along_itself_alone_is_seen_before_any_attack(networks, tmp_path):
+    """The way uphill moves only the pixels that have a gradient; the way to a random corner moves all."""
+    model = Around(networks["max-pool"], lambda m, x: m(Lie.apply(x, lambda g: g * KEPT)))
+    e = make_evaluation(model, tmp_path, n=24, data=DIGITS, eps=0.2)
+    found = evaluate.audit_start(e, 0, pixels(e.images), e.labels)
+    assert found[evaluate.UNEXPLAINED].float().mean() > 0.5
+
+
 def test_a_defence_that_optimises_inside_is_caught_under_another_seed(networks, tmp_path):
     """Differences along the gradient found it with every other seed: its slope is right almost everywhere."""
     model = Around(networks["max-pool"], lambda m, x: attack_inside(m, x, 0.03))
