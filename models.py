@@ -522,8 +522,8 @@ def run_script(name: str, main) -> NoReturn:
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt as stop:
-        print(f"{str(stop) or 'stopped'}; the same command goes on from what was saved", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what was saved", file=sys.stderr)
         status = 130
     if torch.distributed.is_initialized():  # DistributedDataParallel's threads aborted a complete training once
         sys.stdout.flush()

@@ -14,7 +14,6 @@ Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D cond
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import fnmatch
@@ -23,8 +22,6 @@ import itertools
 import math
 import os
 import shlex
-import signal
-import threading
 import time
 from datetime import timedelta
 from functools import partial
@@ -387,11 +384,7 @@ def start_ranks(device: torch.device) -> Ranks:
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
-SAVE_EVERY = 600  # seconds between two checkpoints
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C arrived; the step was finished and saved."""
+SAVING = 0.02  # the share of the time that checkpoints may take; a killed run loses what came after its last one
 
 
 @dataclasses.dataclass
@@ -430,7 +423,6 @@ class Run:
         self.ranks = ranks
         self.seed = seed
         self.micro_batch = micro_batch
-        self.stopping = False
         self.last_line = time.monotonic()
 
         self.fingerprint = datasets.fingerprint(data.train_images, data.train_labels, data.classes)
@@ -503,30 +495,6 @@ class Run:
         """Inside, networks compute in bfloat16 where the preset asks for it."""
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.p.bf16)
 
-    @contextlib.contextmanager
-    def stopping_gently(self):
-        """Inside, SIGTERM and Ctrl-C only ask to stop after the current step. Another one does not wait, unless it is a
-        SIGTERM within five seconds: torchrun passes on to its processes what they may have received themselves."""
-        asked_at = 0.0
-
-        def ask(number, frame):
-            nonlocal asked_at
-            now = time.monotonic()
-            if self.stopping and (number == signal.SIGINT or now - asked_at > 5):
-                raise KeyboardInterrupt
-            if not self.stopping:
-                asked_at = now
-            self.stopping = True
-
-        is_main = threading.current_thread() is threading.main_thread()  # no other thread is told of signals
-        names = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-        before = {name: signal.signal(name, ask) for name in names}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
-
 
 class Stage:
     """One stage of a run: its batches, the sums that become its log, its checkpoints. A stage is trained by
@@ -553,6 +521,7 @@ class Stage:
         self.pictures = len(run.labels)
         self.path = run.folder / f"{name}.resume.pt"
         self.last_save = time.monotonic()
+        self.save_seconds = 0.0  # that the last checkpoint took; the first step tries it
 
         state = {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double(), "parts": {}}
         saved = run.ranks.load(self.path)
@@ -592,12 +561,9 @@ class Stage:
     def add(self, batch: Batch, sums: torch.Tensor) -> None:
         """Count a finished step; sums: (columns,), over this rank's pictures. Saves when it is time.
 
-        Raises Stopped where a rank was asked to stop, and ValueError where a sum or, to be saved, a weight is not
-        finite."""
+        Raises ValueError where a sum or, to be saved, a weight is not finite."""
         run = self.run
-        values = torch.cat([sums.detach().double(), torch.tensor([run.stopping], device=sums.device)])
-        *sums, stopping = run.ranks.sum(values).cpu()
-        self.sums += torch.stack(sums)
+        self.sums += run.ranks.sum(sums.detach().double()).cpu()
         self.check_finite(f"epoch {batch.epoch}, step {batch.step}: the loss", self.sums)
         self.epoch, self.step = batch.epoch, batch.step + 1
         self.seen = batch.first + len(batch.indices)
@@ -605,11 +571,8 @@ class Stage:
         _, left = self.measure_speed()
         steps = run.count_steps(self.batch_size)
         run.say(f"{self.name}: epoch {self.epoch}, batch {self.step} of {steps}, {left} left", after=60)
-        if stopping or time.monotonic() - self.last_save > SAVE_EVERY:
+        if time.monotonic() - self.last_save > self.save_seconds / SAVING:
             self.save()
-        if stopping:
-            run.ranks.gather()  # torchrun ends all processes when one has ended: not before the file is written
-            raise Stopped(f"stopped at {self.name} epoch {self.epoch}, step {self.step}, and saved")
 
     def check_finite(self, what: str, *tensors: torch.Tensor) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
@@ -623,13 +586,17 @@ class Stage:
         return f"{speed:.0f}", str(left)
 
     def save(self) -> None:
+        """On rank 0, whose weights are those of all."""
+        if not self.run.ranks.is_first:
+            return
+        began = time.monotonic()
         networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
         self.check_finite("a weight", *[tensor for network in networks for tensor in network.state_dict().values()])
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        content = {"parts": parts, "epoch": self.epoch, "step": self.step, "rows": self.rows, "sums": self.sums}
+        save_tensors(self.path, content)
         self.last_save = time.monotonic()
-        if self.run.ranks.is_first:
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
-            content = {"parts": parts, "epoch": self.epoch, "step": self.step, "rows": self.rows, "sums": self.sums}
-            save_tensors(self.path, content)
+        self.save_seconds = self.last_save - began
 
     def write_row(self) -> None:
         """The log is rewritten whole from the rows so far, so that a resumed run never repeats or loses one."""
@@ -970,16 +937,15 @@ def main(argv=None, perturb=attack_batches, **settings) -> int:
     for note in data.notes:
         run.say(note)
 
-    with run.stopping_gently():
-        if given_classifier is None:
-            make_classifier(run, classifier)
-        if carso is None:
-            path = str(folder / "classifier.pt")
-            hint = ["evaluate.py", "--ckpt", path, "--dataset", args.dataset, "--eps", format_eps(p.eps)]
-            run.say(f"now: python {shlex.join(hint)}")
-            return 0
-        train_purifier(run, carso.to(ranks.device), perturb)
-        finish(run, carso, dataset=args.dataset, data_dir=args.data_dir)
+    if given_classifier is None:
+        make_classifier(run, classifier)
+    if carso is None:
+        path = str(folder / "classifier.pt")
+        hint = ["evaluate.py", "--ckpt", path, "--dataset", args.dataset, "--eps", format_eps(p.eps)]
+        run.say(f"now: python {shlex.join(hint)}")
+        return 0
+    train_purifier(run, carso.to(ranks.device), perturb)
+    finish(run, carso, dataset=args.dataset, data_dir=args.data_dir)
     return 0
 
 

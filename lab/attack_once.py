@@ -17,7 +17,7 @@ import data as datasets
 import train
 from attacks import KINDS, adversarially_balanced_batch, balanced_kinds, project
 from models import load_tensors, run_script, save_tensors
-from train import Run, Stopped, name_folder, parse_arguments, split_rows
+from train import Run, name_folder, parse_arguments, split_rows
 
 CHUNK = 256  # pictures that are attacked, and kept in a file, together, whatever the number of processes
 
@@ -67,10 +67,6 @@ def attack_training_set(versions: int, run: Run, classifier: nn.Module) -> torch
                 differences[version, part[rows]] = (attacked - x[rows]).cpu().half()
             save_tensors(path, {"differences": differences[version, part]})
         differences[version, part] = load_tensors(path)["differences"]
-        if run.stopping:
-            break
-    if any(ranks.gather(run.stopping)):  # all stop where one is asked to
-        raise Stopped("stopped in the attack on the training set, and saved")
     for whole in differences:  # the other processes' places hold zeros
         whole.copy_(ranks.sum(whole.to(ranks.device)))
     return differences

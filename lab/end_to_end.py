@@ -186,8 +186,7 @@ def main(argv=None) -> int:
     run = Run(folder, data, p, carso, ranks, args.seed, args.micro_batch, **settings)
     if run.is_complete():
         return 0
-    with run.stopping_gently():
-        train_end_to_end(run, carso, **training)
+    train_end_to_end(run, carso, **training)
     finish(run, carso, "-m lab.evaluate", dataset=dataset, data_dir=data_dir, own_answer=args.own_answer)
     return 0
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import types
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -42,7 +41,6 @@ from train import (
     Ranks,
     Run,
     Stage,
-    Stopped,
     kl_weight,
     learning_rate,
     schedule_epoch,
@@ -246,25 +244,51 @@ def train_stage(run: Run, step, epochs: int = 2) -> None:
             stage.add(batch, step(batch))
 
 
-def test_sums_are_complete_wherever_a_run_is_stopped(tmp_path):
-    """In an epoch or at its end. Beside them: the numbers that pictures have since the beginning."""
+class Killed(BaseException):
+    pass
 
-    def loop(stop_at):
+
+def test_sums_are_complete_wherever_a_run_is_killed(tmp_path, monkeypatch, capsys):
+    """In an epoch or at its end. Beside them: the numbers that pictures have since the beginning."""
+    monkeypatch.setattr(train, "SAVING", torch.inf)
+
+    def loop(kill_at):
         def step(batch):
-            run.stopping |= (batch.epoch, batch.step) == stop_at
+            if (batch.epoch, batch.step) == kill_at:
+                raise Killed
             assert batch.first == 72 * batch.epoch + 9 * batch.step
             return batch.indices.sum()[None]
 
-        run = some_run(tmp_path)
-        train_stage(run, step)
+        train_stage(some_run(tmp_path), step)
+        assert (tmp_path / "log-stage.tsv").read_text().splitlines() == ["epoch\tsum", "0\t35.5", "1\t35.5"]
 
-    with pytest.raises(Stopped, match="stage epoch 0, step 8"):
-        loop((0, 7))
-    with pytest.raises(Stopped, match="stage epoch 1, step 2"):
-        loop((1, 1))
+    for kill_at in ((1, 0), (1, 2)):
+        with pytest.raises(Killed):
+            loop(kill_at)
     loop(None)
     loop(None)  # what is complete is not done again
-    assert (tmp_path / "log-stage.tsv").read_text().splitlines() == ["epoch\tsum", "0\t35.5", "1\t35.5"]
+    went_on = re.findall("going on at (.*)", capsys.readouterr().out)
+    assert went_on == ["epoch 0, step 8", "epoch 1, step 2", "epoch 2, step 0"]
+
+
+def test_checkpoints_take_a_fiftieth_of_the_time(tmp_path, monkeypatch):
+    """The first one is made at once: it shows whether one can be kept, and how long it takes."""
+    now, saved = 0.0, []
+
+    def step(batch):
+        nonlocal now
+        now += 1  # second
+        return torch.zeros(1)
+
+    def save(path, content):
+        nonlocal now
+        now += 0.09
+        saved.append((content["epoch"], content["step"]))
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(train, "save_tensors", save)
+    train_stage(some_run(tmp_path), step)
+    assert saved == [(0, 1), (0, 6), (1, 3), (1, 8), (2, 0)]
 
 
 def test_a_long_epoch_says_every_minute_how_long_the_rest_takes(tmp_path, monkeypatch, capsys):
@@ -309,28 +333,6 @@ def test_a_purifier_of_other_sizes_does_not_go_on_with_what_was_saved(tmp_path):
     Stage(run, "purifier", 0, 9, {"purifier": nn.Linear(3, 4)}, ()).save()
     with pytest.raises(ValueError, match=f"the weights in {tmp_path}/purifier.resume.pt do not fit: .*size mismatch"):
         Stage(run, "purifier", 0, 9, {"purifier": nn.Linear(3, 5)}, ())
-
-
-@pytest.mark.parametrize(
-    "first, second, later, waits",
-    [
-        ("SIGTERM", "SIGTERM", 1, True),
-        ("SIGTERM", "SIGTERM", 6, False),
-        ("SIGINT", "SIGTERM", 1, True),
-        ("SIGTERM", "SIGINT", 1, False),
-        ("SIGINT", "SIGINT", 1, False),
-    ],
-)
-def test_a_second_signal_interrupts_unless_it_is_an_echo(tmp_path, monkeypatch, first, second, later, waits):
-    """torchrun passes a SIGTERM on to processes that may have received it themselves."""
-    run, now, before = some_run(tmp_path), 100.0, signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
-    with contextlib.nullcontext() if waits else pytest.raises(KeyboardInterrupt), run.stopping_gently():
-        signal.raise_signal(signal.Signals[first])
-        assert run.stopping
-        now += later
-        signal.raise_signal(signal.Signals[second])
-    assert signal.getsignal(signal.SIGINT) == before
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -467,10 +469,6 @@ def pair(folders, *options, patches=("", ""), script="train") -> list[int]:
     return [process.wait(timeout=100) for process in processes]
 
 
-class Killed(BaseException):
-    pass
-
-
 def kill(folder, file: str, times: int, *options, **script) -> None:
     """End the script, in this process, when it is about to put a file in place for the n-th time."""
     left, real = times, os.replace
@@ -483,7 +481,7 @@ def kill(folder, file: str, times: int, *options, **script) -> None:
         real(source, target)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "SAVE_EVERY", 0)
+        patch.setattr(train, "SAVING", torch.inf)  # at every step
         patch.setattr(os, "replace", replace)
         here(folder, *options, **script)
 
@@ -558,7 +556,7 @@ def kill(source, target):
     if os.path.basename(target) == "classifier.resume.pt":
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
-replace, os.replace, train.SAVE_EVERY = os.replace, kill, 0
+replace, os.replace = os.replace, kill
 """
 
 
@@ -579,28 +577,29 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(folder):
     assert_same(folder / "runs" / "whole", left)
 
 
-INTERRUPT = """
-steps, step = iter(range(1, 1000)), train.Lookahead.step
-def interrupted(self):
-    step(self)
-    if next(steps) == {at}:
-        for name in {signals}:
-            os.kill(os.getpid(), name)
-train.Lookahead.step = interrupted
-"""
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Ctrl-C in the n-th step of the purifier's training from now on."""
+    steps, real = iter(range(1, 1000)), train.Lookahead.step
+
+    def interrupted(self):
+        if next(steps) == step:
+            signal.raise_signal(signal.SIGINT)
+        real(self)
+
+    monkeypatch.setattr(train.Lookahead, "step", interrupted)
 
 
-@pytest.mark.parametrize("name, at, where", [("SIGTERM", 4, "epoch 0, step 4"), ("SIGINT", 7, "epoch 1, step 2")])
-def test_a_stopped_run_saves_first_and_ends_as_if_it_had_not_been(folder, monkeypatch, name, at, where):
+@pytest.mark.parametrize("at, where", [(5, "epoch 0, step 4"), (8, "epoch 1, step 2")])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(folder, monkeypatch, at, where):
     """Before and after Lookahead's first synchronisation, at step 6."""
-    given = [*OPTIONS, "--name", name, "--classifier", "runs/whole/classifier.pt"]
+    given = [*OPTIONS, "--name", f"interrupted-{at}", "--classifier", "runs/whole/classifier.pt"]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Lookahead, "step", train.Lookahead.step)  # what comes is undone
-        exec(INTERRUPT.format(at=at, signals=[int(signal.Signals[name])]), {"train": train, "os": os})
+        patch.setattr(train, "SAVING", torch.inf)
+        interrupt_at(patch, at)
         said = here(folder, *given, code=130)
-    assert f"stopped at purifier {where}, and saved; the same command goes on" in said
+    assert said.endswith("stopped; the same command goes on from what was saved\n")
     assert f"going on at {where}" in here(folder, *given)
-    assert_same(folder / "runs" / "whole", folder / "runs" / name)
+    assert_same(folder / "runs" / "whole", folder / "runs" / f"interrupted-{at}")
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -615,8 +614,8 @@ def hashed(stage, batch, sums):
 train.Stage.add = hashed
 """
 
-# What two processes find in common, and a training that is stopped. The same training goes on behind the patch, in the
-# same processes: their start is dear.
+# What two processes find in common, and a training that is interrupted. The same training goes on behind the patch, in
+# the same processes: their start is dear.
 ASK_RANKS = f"""
 import shutil
 ranks = train.start_ranks(models.start_device({DEVICE!r}))
@@ -636,29 +635,28 @@ for do in (
     except (ValueError, SystemExit) as error:
         print("refused:", error)
 """
-STOP = """
-try:
+INTERRUPT = """
+import pytest, test_train
+with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(train, "SAVING", float("inf"))
+    test_train.interrupt_at(patch, 8)
     train.main(sys.argv[1:])
-except train.Stopped as stopped:
-    print(stopped)
-    if ranks.is_first:
-        shutil.copytree("runs", "stopped")
+if ranks.is_first:
+    shutil.copytree("runs", "interrupted")
 """
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Folders, which two processes do not share, and what each said, line by line. Only the second gets the signal,
-    twice, as if torchrun passed it on; only the first one sees what was saved."""
+    """Folders, which two processes do not share, and what each said, line by line. Only the
+    first one sees what was saved."""
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
     for number, each in enumerate(folders):
         write_tiny(each)
         arrays = dict(np.load(each / "tiny.npz"))
         np.savez(each / "different.npz", **arrays | {"train_images": arrays["train_images"] + number})
         write_classifier(each / "different.pt", classes=3)
-    interrupt = INTERRUPT.format(at=7, signals=[int(signal.SIGTERM)] * 2)
-    patches = (ASK_RANKS + HASH + STOP, ASK_RANKS + HASH + interrupt + STOP)
-    statuses = pair(folders, *OPTIONS, patches=patches)
+    statuses = pair(folders, *OPTIONS, patches=[ASK_RANKS + HASH + INTERRUPT] * 2)
     said = [(folder / f"said-{rank}.txt").read_text() for rank, folder in enumerate(folders)]
     assert statuses == [0, 0], said
     return folders, said
@@ -676,11 +674,10 @@ def test_two_processes_agree_on_errors_and_refuse_to_differ(two_processes):
     assert [said.splitlines()[0] for said in two_processes[1]] == ["loaded 0", "loaded 1"]
 
 
-def test_two_processes_stop_together_and_go_on_in_any_number(folder, two_processes, tmp_path):
+def test_two_processes_are_as_one_and_go_on_in_any_number(folder, two_processes, tmp_path):
     folders, (said, other) = two_processes
     assert [(each / "runs").exists() for each in folders] == [True, False]
     assert [path.name for path in (folders[0] / "runs").iterdir()] == ["tiny"]  # nothing was made of what differed
-    assert all("stopped at purifier epoch 1, step 2, and saved" in text for text in (said, other))
     first, second = (re.findall("^weights .*", text, re.M) for text in (said, other))
     assert first == second and len(first) == 3 + 10
     assert len({line.split()[-1] for line in first[:13]}) == 13  # they change with each step
@@ -690,17 +687,10 @@ def test_two_processes_stop_together_and_go_on_in_any_number(folder, two_process
     assert "Warning" not in said + other
     assert_same(folder / "runs" / "whole", folders[0] / "runs" / "tiny", close=CLOSE)
 
-    shutil.copytree(folders[0] / "stopped", tmp_path / "runs")
+    shutil.copytree(folders[0] / "interrupted", tmp_path / "runs")
     write_tiny(tmp_path)
     assert "going on at epoch 1, step 2" in here(tmp_path, *OPTIONS)  # alone
     assert_same(folder / "runs" / "whole", tmp_path / "runs" / "tiny", close=CLOSE)
-
-
-def test_a_training_in_a_thread_goes_without_signals(folder):
-    """As in a web demo."""
-    given = [*OPTIONS, "--name", "thread", "--classifier", "runs/whole/classifier.pt", "--epochs", "1"]
-    with contextlib.chdir(folder), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(train.main, [str(option) for option in given]).result() == 0
 
 
 @pytest.fixture
@@ -883,11 +873,12 @@ def test_help_shows_the_defaults(capsys):
     "stage, optimizer, at, what",
     [
         ("classifier", torch.optim.SGD, 3, "a weight"),
-        ("purifier", torch.optim.RAdam, 1, "epoch 0, step 1: the loss"),
+        ("purifier", torch.optim.RAdam, 2, "epoch 0, step 2: the loss"),
     ],
 )
 def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, given, monkeypatch, stage, optimizer, at, what):
-    """After the last of three steps only the weights show it."""
+    """After the last of three steps only the weights show it. The checkpoint of the first step stays."""
+    monkeypatch.setattr(train, "SAVING", 1e-9)
     steps, real = iter(range(1, 4)), optimizer.step
 
     def step(self):
@@ -899,7 +890,8 @@ def test_what_is_not_finite_ends_the_run_and_is_not_kept(folder, given, monkeypa
     options = OPTIONS if stage == "classifier" else [*given, "--batch-size", "15"]
     said = here(folder, *options, "--name", f"infinite-{stage}", code=2).splitlines()[-1]
     assert said == f"train.py: {stage}: {what} is not finite: choose a lower learning rate, and another --name"
-    assert not list((folder / "runs" / f"infinite-{stage}").glob("*.pt"))
+    [kept] = (folder / "runs" / f"infinite-{stage}").glob("*.pt")
+    assert load_tensors(kept)["step"] == 1
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 import copy
 import dataclasses
-import os
 import re
 import shutil
-import signal
 
 import pytest
 import torch
@@ -33,7 +31,7 @@ from lab import attack_once, end_to_end
 from lab.end_to_end import EndToEndCARSO, load_end_to_end
 from models import load_tensors, save_tensors
 from purifier import load_carso, save_carso
-from train import PRESETS, Batch, Stage, Stopped
+from train import PRESETS, Batch, Stage
 
 SIZES = {"condition_dim": 8, "latent_dim": 4, "decoder_width": 8}
 train_end = {"main": end_to_end.main, "name": "end_to_end"}
@@ -217,8 +215,7 @@ def attack(tmp_path, monkeypatch, tiny_carso):
 
     def attack(versions, folder="one", ranks=(0, 1), micro_batch=None):
         run = some_run(tmp_path / folder, data, P, ranks=OneOfMany(CPU, *ranks), micro_batch=micro_batch)
-        with run.stopping_gently():
-            return attack_once.attack_training_set(versions, run, tiny_carso.classifier)
+        return attack_once.attack_training_set(versions, run, tiny_carso.classifier)
 
     attack.data, attack.classifier = data, tiny_carso.classifier
     return attack
@@ -289,36 +286,39 @@ def test_any_number_of_processes_makes_the_same_and_goes_on(attack, tmp_path, mo
     files[9].unlink()
     made, real = [], adversarially_balanced_batch
 
-    def stopped(*args, **how):
-        if not made:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return made.append(len(args[1])) or real(*args, **how)
+    def note(*args, **how):
+        made.append(len(args[1]))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **how)
 
-    monkeypatch.setattr(attack_once, "adversarially_balanced_batch", stopped)
-    with pytest.raises(Stopped, match="stopped in the attack on the training set, and saved"):
+    monkeypatch.setattr(attack_once, "adversarially_balanced_batch", note)
+    with pytest.raises(KeyboardInterrupt):
         attack(4)
-    assert torch.equal(attack(4), whole) and sum(made) == 16  # the first was kept
+    assert torch.equal(attack(4), whole) and made == [8, 8, 8]  # the first was kept
 
 
-# Both scripts in the same two processes, whose start is dear; the second one is asked to stop, and both do.
+# Both scripts in the same two processes, whose start is dear; the second script is interrupted in its attack.
 END_TO_END_FIRST = f"""
 import functools
 from lab import end_to_end
 end_to_end.start_ranks = train.start_ranks = functools.cache(train.start_ranks)
 end_to_end.main({[*END, "--name", "two"]!r})
 """
-STOP_IN_AN_ATTACK = """
-real = lab.attack_once.adversarially_balanced_batch
-def stopped(*args, **how):
-    os.kill(os.getpid(), signal.SIGTERM)
+INTERRUPT_AN_ATTACK = """
+real, calls = lab.attack_once.adversarially_balanced_batch, []
+def interrupted(*args, **how):
+    calls.append(1)
+    if len(calls) == 2:
+        raise KeyboardInterrupt
     return real(*args, **how)
-lab.attack_once.adversarially_balanced_batch = stopped
+lab.attack_once.adversarially_balanced_batch = interrupted
 """
 
 
 @pytest.fixture(scope="module")
 def two_processes(folder):
-    patches = END_TO_END_FIRST, END_TO_END_FIRST + STOP_IN_AN_ATTACK
+    patches = [END_TO_END_FIRST + INTERRUPT_AN_ATTACK] * 2
     statuses = pair([folder] * 2, *ONCE, "--name", "once-two", patches=patches, script="lab.attack_once")
     assert statuses == [130, 130], (folder / "said-0.txt").read_text()
 
@@ -345,7 +345,7 @@ def test_attack_once_killed_goes_on_and_ends_as_if_it_had_not_been(folder, once)
     assert_same(once, killed)
 
 
-def test_attack_once_stopped_on_two_processes_goes_on_alone(folder, once, two_processes):
+def test_attack_once_interrupted_on_two_processes_goes_on_alone(folder, once, two_processes):
     here(folder, *ONCE, "--name", "once-two", **train_once)
     assert_same_attacks(once, folder / "runs" / "once-two")
     assert_same(once, folder / "runs" / "once-two", CLOSE)
