@@ -161,23 +161,34 @@ def measure_slope_error(f, start: torch.Tensor, end: torch.Tensor, y: torch.Tens
     where the slope hides in jumps (rounded pixels, votes, a forward pass that optimises in signed steps). Networks of
     kinks do not: a ReLU's slope is all there.
 
+    Rounding inside a network (bfloat16, say) is no slope, either. But from point to point its errors cancel, while
+    those of a slope that is missed add up.
+
     Args:
         f: pictures -> logits (B, K), its noise held fixed: the same picture always gets the same answer.
         start, end: pictures (B, C, H, W) at the ends of a straight line each. y: their labels (B,).
-    Returns: |change - sum| relative to the length of the way, max(sum of |g . dx|, |change|); 0 where nothing changes;
-        NaN where an output or a gradient is not finite.
+    Returns: |change - sum| relative to the length of the way, max(sum of |g . dx|, |change|), or to what rounding can
+        be, where that is larger; 0 where nothing changes; NaN where an output or a gradient is not finite.
     """
     step = (end - start) / points
-    summed, length = 0.0, 0.0
+    with torch.no_grad():
+        first = margin(f(start), y)
+    before, slope_before = first, 0.0
+    length, missed = 0.0, []
     for k in range(points):
-        _, gradient = objective(f, y, margin)(start + (k + 0.5) * step)
-        part = (gradient * step).flatten(1).sum(1)
-        summed, length = summed + part, length + part.abs()
+        now, gradient = objective(f, y, margin)(start + (k + 0.5) * step)
+        slope = (gradient * step).flatten(1).sum(1)
+        missed.append(now - before - (slope_before + slope) / 2)
+        length = length + slope.abs()
+        before, slope_before = now, slope
     with torch.no_grad():
         logits = f(end)
-        change = margin(logits, y) - margin(f(start), y)
-    rounding = 1e-5 * logits.abs().amax(1) + 1e-30  # a picture that did not move
-    return (change - summed).abs() / torch.maximum(length, change.abs()).maximum(rounding)
+    last = margin(logits, y)
+    missed = torch.stack([*missed, last - before - slope_before / 2])  # (points + 1, B); they add up to change - sum
+
+    size = logits.abs().amax(1)
+    rounding = (0.4 * missed.abs().sum(0)).minimum(0.1 * size) + 1e-5 * size + 1e-30
+    return missed.sum(0).abs() / torch.maximum(length, (last - first).abs()).maximum(rounding)
 
 
 def find_missing_gradients(f, x: torch.Tensor, y: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

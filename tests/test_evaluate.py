@@ -616,6 +616,23 @@ def test_the_audit_accuses_no_honest_network(networks, tmp_path, name):
     assert not find_faults(model, tmp_path / "bf16", bf16=True)
 
 
+def compute_in_bfloat16(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return m(x).to(x.dtype)
+
+
+def test_rounding_inside_a_network_is_no_hidden_slope(networks, tmp_path):
+    """At a usual radius: on the way to a random corner the answer changes by little more than bfloat16 rounds. What is
+    planted in such a network is still seen."""
+    usual = dict(eps=8 / 255, pgd_step_size=4 / 255)
+    assert not find_faults(Around(networks["attention"], compute_in_bfloat16), tmp_path / "honest", **usual)
+    for kind in ("one pixel in 20", "detached in a part"):
+        change, sentence = PLANTED[kind]
+        model = Around(networks["attention"], lambda m, x: change(lambda x: compute_in_bfloat16(m, x), x))  # noqa: B023
+        found = find_faults(model, tmp_path / kind, **usual)
+        assert any(sentence in fault for fault in found), kind
+
+
 def test_the_audit_accuses_no_carso(tiny_carso, tmp_path):
     data = dataclasses.replace(DIGITS, test_labels=DIGITS.test_labels % 5)
     for model in (tiny_carso, tiny_carso.classifier):
