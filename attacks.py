@@ -12,10 +12,10 @@ from math import isclose, isfinite, nan
 import torch
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------------ radii, in pixels
+# ------------------------------------------------------------------------------------- numbers, as people type them
 
 
-def parse_eps(text: str) -> float:
+def parse_number(text: str) -> float:
     """'8/255', '0.03', '1e-3' -> a number. Raises for anything else what argparse puts beside the option's name."""
     numerator, slash, denominator = text.partition("/")
     try:

@@ -51,7 +51,7 @@ from attacks import (
     format_eps,
     measure_slope_error,
     objective,
-    parse_eps,
+    parse_number,
     project,
     random_point,
 )
@@ -770,7 +770,7 @@ def build_parser(description: str, groups=()) -> argparse.ArgumentParser:
         "(default: standard rand; of a classifier standard)")  # fmt: skip
     add("--no-cascade", action="store_true", help="every attack on every picture (default: a picture that an attack "
         "takes on every draw is not attacked again)")  # fmt: skip
-    add("--eps", type=parse_eps, help="radius in pixels, such as 8/255 (default: the training's, else 8/255)")
+    add("--eps", type=parse_number, help="radius in pixels, such as 8/255 (default: the training's, else 8/255)")
     add("--samples", type=int, help="S, reconstructions a picture; 0: one, of z = 0 (default: the checkpoint's)")
     add("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
     add("--view", choices=VIEWS, help="an output that attacks see instead of the decision")
@@ -786,7 +786,7 @@ def build_parser(description: str, groups=()) -> argparse.ArgumentParser:
     group = parser.add_argument_group("budget", "every number of it can be overridden")
     for name, (paper, reduced, meaning) in NUMBERS.items():
         options = ["--pictures", "--n"] if name == "pictures" else ["--" + name.replace("_", "-")]
-        kind = parse_eps if isinstance(paper, float) else int
+        kind = parse_number if isinstance(paper, float) else int
         text = f"{meaning} (paper {paper}, reduced {reduced})"
         group.add_argument(*options, dest=name, type=kind, metavar="NUMBER", help=text)
     return parser

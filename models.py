@@ -66,6 +66,10 @@ def normalise_and_activate(batchnorm: nn.BatchNorm2d, x: torch.Tensor, activatio
     return activation.value(torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1)))
 
 
+def find_batchnorms(network: nn.Module) -> list[nn.Module]:
+    return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
 # --------------------------------------------------------------------------------------------------- the WideResNet
 
 

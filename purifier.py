@@ -33,6 +33,7 @@ from models import (
     Activation,
     WideResNet,
     fetch,
+    find_batchnorms,
     is_fused,
     load_classifier,
     load_tensors,
@@ -94,7 +95,7 @@ def layer_encoder(channels: int, convolutions: int) -> nn.Sequential:
 @contextmanager
 def statistics_kept(network: nn.Module):
     """Inside, BatchNorm in training mode does not count the pictures in its running statistics: it saw them before."""
-    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = find_batchnorms(network)
     before = [(layer, layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
     try:
         for layer in layers:

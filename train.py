@@ -7,10 +7,10 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --dataset cifar10
 
 Everything lands in runs/NAME: carso.pt (all that evaluate.py needs), classifier.pt, log-STAGE.tsv (means over the epoch
-and all ranks), reconstructions.png (clean | attacked | reconstructions), config.json. The same command goes on where it
-was stopped.
+and all ranks), reconstructions.png (clean | attacked | reconstructions), config.json. The same command goes on from
+the last checkpoint.
 
-Shapes: B batch, C, H, W image in [0, 1], K classes, S members, Z latent, D condition.
+Shapes: B batch, b this process's part of it, C, H, W image in [0, 1], K classes, S members, Z latent, D condition.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
 import data as datasets
-from attacks import adversarially_balanced_batch, balanced_kinds, format_eps, parse_eps, pgd
+from attacks import adversarially_balanced_batch, balanced_kinds, format_eps, parse_number, pgd
 from models import (
     PUBLISHED,
     WideResNet,
     fetch_classifier,
+    find_batchnorms,
     hash_weights,
-    is_under_torchrun,
     load_classifier,
     load_tensors,
     load_weights,
@@ -116,7 +116,6 @@ class Preset:
                 raise ValueError(f"--{field.name.replace('_', '-')} {value:g} is not between {low:g} and {high:g}")
 
 
-PAPER = Preset()
 PRESETS = {
     "digits": Preset(  # ours: minutes on two CPU cores
         depth=10, width=1, classifier_epochs=18, classifier_batch_size=64, classifier_learning_rate=0.1,
@@ -126,10 +125,10 @@ PRESETS = {
         epochs=24, batch_size=64, learning_rate=4e-3, learning_rate_end=4e-6, warmup=3, plateau=6, kl_from=3, kl_to=6,
         eps=0.2, attack_steps=10, attack_step_size=0.05,
     ),
-    "cifar10": PAPER,
-    "cifar100": dataclasses.replace(PAPER, batch_size=2560, fraction=0.15),  # 4 GPUs x 640
-    "tinyimagenet": dataclasses.replace(
-        PAPER, condition_dim=768, latent_dim=192, epochs=250, batch_size=1024, fraction=0.01,  # 8 GPUs x 128
+    "cifar10": Preset(),
+    "cifar100": Preset(batch_size=2560, fraction=0.15),  # 4 GPUs x 640
+    "tinyimagenet": Preset(
+        condition_dim=768, latent_dim=192, epochs=250, batch_size=1024, fraction=0.01,  # 8 GPUs x 128
         learning_rate=0.0128, learning_rate_end=1.6e-6, warmup=31, plateau=31, kl_from=32, kl_to=43,
     ),
 }  # fmt: skip
@@ -142,9 +141,8 @@ def choose_preset(name: str, given: dict) -> Preset:
     usual = PRESETS[name]
     epochs = given.get("epochs", usual.epochs)
     scaled = {}
-    if epochs != usual.epochs:
-        for knot in ("warmup", "plateau", "kl_from", "kl_to"):
-            scaled[knot] = max(1, getattr(usual, knot) * epochs // usual.epochs)
+    for knot in ("warmup", "plateau", "kl_from", "kl_to"):
+        scaled[knot] = max(1, getattr(usual, knot) * epochs // usual.epochs)
     classifier_epochs = given.get("classifier_epochs", usual.classifier_epochs)
     scaled["classifier_ramp"] = usual.classifier_ramp * classifier_epochs // usual.classifier_epochs
     if epochs == 1:
@@ -165,15 +163,15 @@ def fit_batches(p: Preset, pictures: int, given: dict, processes: int) -> Preset
 
     Raises ValueError where a batch is too small for BatchNorm or the processes."""
     tenth = max(16, math.ceil(pictures / 10))
-    for stage, power in ("classifier_", 1.0), ("", 0.5):
-        size_name, rate_name = f"{stage}batch_size", f"{stage}learning_rate"
+    for prefix, power in ("classifier_", 1.0), ("", 0.5):
+        size_name, rate_name = f"{prefix}batch_size", f"{prefix}learning_rate"
         size = getattr(p, size_name)
         if size_name not in given and math.ceil(pictures / size) < 10 and tenth < size:
             rate = getattr(p, rate_name) * (tenth / size) ** power
             size = tenth
             p = dataclasses.replace(p, **{size_name: size, rate_name: given.get(rate_name, rate)})
 
-        smallest = min(len(indices) for indices in datasets.batches(pictures, size, 0, 0))
+        smallest = pictures // math.ceil(pictures / size)  # batches are as equal as possible
         if smallest < max(2, processes):
             option = "--" + size_name.replace("_", "-")
             raise ValueError(f"{option} {size} leaves a batch of {smallest} for {processes} process(es): enlarge it")
@@ -184,7 +182,7 @@ def fit_batches(p: Preset, pictures: int, given: dict, processes: int) -> Preset
 
 
 def schedule_epoch(epoch: int, step: int, steps: int, p: Preset) -> float:
-    """Epoch at which the schedules are read for a step of an epoch of `steps`. As in the paper they move once an
+    """The point of the schedules, in epochs, that a step reads; an epoch has `steps`. As in the paper they move once an
     epoch. Where an epoch has five steps or fewer, or the warm-up one epoch or less, they move at every step. The first
     five steps of such a run keep the starting rate: there RAdam follows the bare gradient of a summed loss."""
     if steps > 5 and p.warmup > 1:
@@ -213,8 +211,8 @@ class Lookahead:
 
     def __init__(self, optimizer: torch.optim.Optimizer, k: int = 6, alpha: float = 0.8):
         self.optimizer, self.k, self.alpha, self.steps = optimizer, k, alpha, 0
-        self.fast = [p for group in optimizer.param_groups for p in group["params"]]
-        self.slow = [p.detach().clone() for p in self.fast]
+        self.fast = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.slow = [weight.detach().clone() for weight in self.fast]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -241,12 +239,10 @@ class Lookahead:
 
 def build_optimizer(purifier: nn.Module, p: Preset) -> Lookahead:
     """RAdam in Lookahead (section 5.1). foreach updates all tensors in one call: twice as fast on a CPU."""
-    settings = dict(lr=p.learning_rate_start, betas=(0.9, 0.999), eps=1e-8, foreach=True)
-    return Lookahead(torch.optim.RAdam(purifier.parameters(), **settings), k=6, alpha=0.8)
-
-
-def find_batchnorms(network: nn.Module) -> list[nn.Module]:
-    return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    radam = torch.optim.RAdam(
+        purifier.parameters(), lr=p.learning_rate_start, betas=(0.9, 0.999), eps=1e-8, foreach=True
+    )
+    return Lookahead(radam)
 
 
 # ---------------------------------------------------------------------------------- many processes that act as one
@@ -270,12 +266,13 @@ class Ranks:
         return batch.tensor_split(self.count)[self.rank]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value=None) -> list:
-        """Every rank's plain value, on every rank, as soon as all have come here."""
+    def gather(self, value) -> list:
+        """Every rank's plain value, on every rank."""
         values = [value]
         if self.count > 1:
             values *= self.count
@@ -300,7 +297,7 @@ class Ranks:
         """Raises ValueError on rank 0, which speaks for all; the others end after it, without a word."""
         if self.is_first:
             raise ValueError(sentence)
-        time.sleep(1)  # torchrun ends all processes as soon as one has ended
+        time.sleep(1)  # rank 0 speaks first: torchrun ends all processes as soon as one has ended
         raise SystemExit(2)
 
     def take_turns(self, load):
@@ -352,6 +349,7 @@ def global_batch_norm(ranks: Ranks, layer: nn.Module, x: torch.Tensor) -> torch.
     counts = torch.zeros(ranks.count, dtype=torch.long)
     counts[ranks.rank] = len(x)
     counts = ranks.sum(counts).tolist()
+    # Zeros stand where the other ranks' rows belong: the sum over the ranks is all rows.
     before = x.new_zeros(sum(counts[: ranks.rank]), *x.shape[1:])
     after = x.new_zeros(sum(counts[ranks.rank + 1 :]), *x.shape[1:])
     whole = AllSum.apply(torch.cat([before, x, after]))
@@ -375,21 +373,22 @@ class AllSum(torch.autograd.Function):
 def start_ranks(device: torch.device) -> Ranks:
     """Join the processes that torchrun started; a plain `python train.py` is the only one."""
     rank, count = read_ranks()
-    if not is_under_torchrun():
-        return Ranks(device)
-    backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backends, timeout=timedelta(hours=2))  # so long may one load data, and the others wait
+    if count > 1:
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(hours=2))  # so long may one load data, and the others wait
     return Ranks(device, rank, count)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
-SAVING = 0.02  # the share of the time that checkpoints may take; a killed run loses what came after its last one
+# A killed run loses what came after its last checkpoint. Checkpoints take this share of the time, but one is made every
+# ten minutes, however slow the disk is.
+SAVING = 0.02
 
 
 @dataclasses.dataclass
 class Batch:
-    """One step's pictures, those of all ranks together."""
+    """Which pictures a step takes, those of all ranks together."""
 
     epoch: int
     step: int  #                   in its epoch
@@ -449,7 +448,7 @@ class Run:
         path = self.folder / "carso.pt"
         if not self.ranks.gather(path.is_file())[0]:
             return False
-        self.say(f"{path} is complete: attack it with evaluate.py --ckpt, or choose another --name")
+        self.say(f"{path} is complete: choose another --name for another training")
         return True
 
     def say(self, text: str, after: float = 0) -> None:
@@ -520,18 +519,17 @@ class Stage:
         self.columns = columns
         self.pictures = len(run.labels)
         self.path = run.folder / f"{name}.resume.pt"
-        self.last_save = time.monotonic()
-        self.save_seconds = 0.0  # that the last checkpoint took; the first step tries it
+        self.next_save = time.monotonic()  # the first step tries a checkpoint, and learns how long one takes
 
-        state = {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double(), "parts": {}}
         saved = run.ranks.load(self.path)
-        state |= saved or {}
+        nothing = {"epoch": 0, "step": 0, "rows": [], "sums": torch.zeros(len(columns)).double(), "parts": {}}
+        state = saved or nothing
         self.epoch, self.step = state["epoch"], state["step"]  # the next one
         self.rows = state["rows"]  # of past epochs
         self.sums = state["sums"]  # over all ranks, since this epoch began
         for part, content in state["parts"].items():
             if isinstance(parts[part], nn.Module):
-                load_weights(parts[part], content, self.path)  # refuses those of another purifier
+                load_weights(parts[part], content, self.path)  # refuses those of another network
             else:
                 parts[part].load_state_dict(content)
 
@@ -550,8 +548,9 @@ class Stage:
     def batches(self, epoch: int):
         """The epoch's batches that are left."""
         order = datasets.batches(self.pictures, self.batch_size, self.run.seed, epoch)
+        # Pictures whose steps are done. Where batches are attacked in groups, `first` runs ahead of it.
         self.seen = epoch * self.pictures + sum(len(indices) for indices in order[: self.step])
-        self.began, self.began_at = time.monotonic(), self.seen
+        self.began, self.began_at = time.monotonic(), self.seen  # to measure the speed
         first = self.seen
         for step in range(self.step, len(order)):
             generator = self.run.make_generator(self.name, epoch, step)
@@ -571,12 +570,13 @@ class Stage:
         _, left = self.measure_speed()
         steps = run.count_steps(self.batch_size)
         run.say(f"{self.name}: epoch {self.epoch}, batch {self.step} of {steps}, {left} left", after=60)
-        if time.monotonic() - self.last_save > self.save_seconds / SAVING:
+        if time.monotonic() >= self.next_save:
             self.save()
 
     def check_finite(self, what: str, *tensors: torch.Tensor) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise ValueError(f"{self.name}: {what} is not finite: choose a lower learning rate, and another --name")
+            advice = "choose a lower learning rate, and another --name"
+            self.run.ranks.refuse(f"{self.name}: {what} is not finite: {advice}")
 
     def measure_speed(self) -> tuple[str, str]:
         """Pictures a second since the epoch began here, and the time that is left."""
@@ -595,8 +595,8 @@ class Stage:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         content = {"parts": parts, "epoch": self.epoch, "step": self.step, "rows": self.rows, "sums": self.sums}
         save_tensors(self.path, content)
-        self.last_save = time.monotonic()
-        self.save_seconds = self.last_save - began
+        now = time.monotonic()
+        self.next_save = now + min((now - began) / SAVING, 600)
 
     def write_row(self) -> None:
         """The log is rewritten whole from the rows so far, so that a resumed run never repeats or loses one."""
@@ -627,21 +627,23 @@ def train_classifier(run: Run, classifier: WideResNet) -> None:
     trained = copy.deepcopy(classifier).requires_grad_(True)
     for layer in find_batchnorms(trained):
         layer.momentum = p.classifier_bn_momentum
-    settings = dict(momentum=0.9, nesterov=True, weight_decay=p.classifier_weight_decay)
-    optimizer = torch.optim.SGD(trained.parameters(), **settings)
+    decay = p.classifier_weight_decay
+    optimizer = torch.optim.SGD(trained.parameters(), momentum=0.9, nesterov=True, weight_decay=decay)
     network = ranks.wrap(trained)
-    # An exponential average of weights and BatchNorm's statistics that reaches back about an epoch is the result.
     steps = run.count_steps(p.classifier_batch_size)
+    # An exponential average of weights and BatchNorm's statistics that reaches back about an epoch is the result.
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps), use_buffers=True)
 
     parts = {"network": trained, "average": average, "optimizer": optimizer}
-    stage = Stage(run, "classifier", p.classifier_epochs, p.classifier_batch_size, parts, ("loss", "robust"))
+    stage = Stage(run, "classifier", p.classifier_epochs, p.classifier_batch_size, parts, ("loss", "right"))
     for epoch in stage.epochs():
         for batch in stage.batches(epoch):
             passed = epoch + batch.step / steps  # epochs
+            # One cycle: from a tenth of the peak up to it in 30 % of the training, then down to 0.
             cycle = np.interp(passed, [0, 0.3 * p.classifier_epochs, p.classifier_epochs], [0.1, 1, 0])
             optimizer.param_groups[0]["lr"] = float(cycle * p.classifier_learning_rate)
-            eps = p.eps * min(1.0, (passed + 0.5) / max(p.classifier_ramp, 1e-9))
+            growth = (passed + 0.5) / p.classifier_ramp if p.classifier_ramp > 0 else 1.0
+            eps = p.eps * min(1.0, growth)  # from that of half an epoch on: a radius of 0 would be no attack
 
             x, y = run.load_pictures(batch)
             noise = run.draw_noise(batch)
@@ -673,6 +675,7 @@ def make_classifier(run: Run, classifier: WideResNet) -> None:
     path = run.folder / "classifier.pt"
     kept = run.ranks.load(path)
     if kept is not None:
+        # It has mean and std for other readers; this classifier knows its own.
         weights = {name: tensor for name, tensor in kept.get("state_dict", {}).items() if name not in ("mean", "std")}
         load_weights(classifier, weights, path)
         return
@@ -682,7 +685,7 @@ def make_classifier(run: Run, classifier: WideResNet) -> None:
         weights = classifier.state_dict() | normalisation
         save_tensors(path, {"state_dict": weights, "fingerprint": run.fingerprint})
         (run.folder / "classifier.resume.pt").unlink(missing_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # for PGD's random starts
     images, labels = run.data.test_images[:500], run.data.test_labels[:500]
     attack = partial(pgd, eps=run.p.eps, steps=20, step_size=run.p.eps / 4)
     clean = measure_accuracy(classifier, images, labels)
@@ -693,13 +696,15 @@ def make_classifier(run: Run, classifier: WideResNet) -> None:
 # ------------------------------------------------------------------------------------------- stage two: the purifier
 
 
-def attack_batches(run: Run, classifier: nn.Module, batches, group_size: int | None = None):
+def attack_batches(run: Run, classifier: nn.Module, batches):
     """Yield each batch with this rank's pictures of it (b, C, H, W), a share of which is attacked (section 4.4).
 
-    group_size: batches whose attacks are made in one call; the pictures are the same, up to rounding."""
+    Several batches are attacked in one call; the pictures are the same, up to rounding."""
     p, ranks = run.p, run.ranks
-    group_size = group_size or choose_group_size(run)
-    piece = run.micro_batch and math.ceil(run.micro_batch / max(p.fraction, 0.01))  # memory goes to the attacked ones
+    group_size = choose_group_size(run)
+    piece = run.micro_batch
+    if piece is not None:  # memory goes to the attacked pictures: so many are in a piece
+        piece = math.ceil(piece / max(p.fraction, 0.01))
     batches = iter(batches)
     while group := list(itertools.islice(batches, group_size)):
         pictures, labels = zip(*[run.load_pictures(batch) for batch in group])
@@ -750,7 +755,7 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
     perturb: a generator like `attack_batches`, which makes the pictures of an epoch's batches."""
     ranks, p, purifier = run.ranks, run.p, carso.purifier
     network = ranks.wrap(purifier)
-    purifier.recompute = run.micro_batch is not None
+    purifier.recompute = run.micro_batch is not None  # to save memory, too
     lookahead = build_optimizer(purifier, p)
     steps = run.count_steps(p.batch_size)
 
@@ -776,21 +781,20 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
 def compute_losses(run: Run, carso: CARSO, network: nn.Module, batch: Batch, perturbed: torch.Tensor, beta: float):
     """`vae_loss` of this rank's part of a batch, perturbed (b, C, H, W). network: the purifier, wrapped by `Ranks`."""
     clean, _ = run.load_pictures(batch)
-    noise = run.draw(torch.randn, batch, run.p.latent_dim)
+    normal = run.draw(torch.randn, batch, carso.purifier.config["latent_dim"])
     with run.autocast():
         representation = record_piecewise(carso.classifier, carso.layers, perturbed, run.micro_batch)
-        outputs = network(perturbed, representation, noise)
+        outputs = network(perturbed, representation, normal)
     reconstruction, mu, logvar = (output.float() for output in outputs)
     return vae_loss(reconstruction, clean, mu, logvar, beta)
 
 
 def draw_reconstructions(run: Run, carso: CARSO, epoch: int) -> None:
     """reconstructions.png, every fifth epoch and the last: clean | attacked (PGD eps on the classifier) | six
-    reconstructions; a row a test picture."""
+    reconstructions, by Lookahead's fast weights; a row a test picture."""
     p, device = run.p, run.ranks.device
     if not run.ranks.is_first or (epoch % 5 != 4 and epoch != p.epochs - 1):
         return
-    was_training = carso.purifier.training
     carso.eval()
     x, y = datasets.pixels(run.data.test_images[:8].to(device)), run.data.test_labels[:8].to(device)
     attacked = pgd(carso.classifier, x, y, p.eps, p.attack_steps, p.attack_step_size, noise=torch.zeros_like(x))
@@ -800,7 +804,7 @@ def draw_reconstructions(run: Run, carso: CARSO, epoch: int) -> None:
         tiles = torch.cat([x[:, None], attacked[:, None], carso.purify(attacked, z)], dim=1)
     headings = ["clean", "attacked", *["reconstruction"] * 6]
     datasets.save_pictures(run.folder / "reconstructions.png", tiles, headings)
-    carso.train(was_training)
+    carso.train()
 
 
 def finish(run: Run, carso: CARSO, script: str = "evaluate.py", **state) -> None:
@@ -817,7 +821,7 @@ def finish(run: Run, carso: CARSO, script: str = "evaluate.py", **state) -> None
     clean = measure_accuracy(carso, images, labels, batch_size=10)  # each becomes S
     bare = measure_accuracy(carso.classifier, images, labels)
     run.say(f"CARSO: clean {clean:.1%}, its classifier alone {bare:.1%}, on {len(labels)} test pictures")
-    reduced = [] if run.data.name in PRESETS else ["--budget", "reduced"]  # of the paper's it would take hours
+    reduced = [] if run.data.name in PRESETS else ["--budget", "reduced"]  # the paper's would take hours
     run.say(f"now: python {shlex.join([*script.split(), '--ckpt', str(path), *reduced])}")
     if clean < bare - 0.1:
         run.say("CARSO is far below its classifier on clean pictures: train longer (--epochs), under another --name")
@@ -828,7 +832,8 @@ def finish(run: Run, carso: CARSO, script: str = "evaluate.py", **state) -> None
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, path = parser.add_argument, os.path.expanduser
+    add = parser.add_argument
+    path = os.path.expanduser  # the shell leaves ~ alone behind an equals sign
     add("--dataset", type=path, default="digits", help=f"{', '.join(datasets.NAMES)}, or a path, see data.py "
         "(default: digits)")  # fmt: skip
     add("--data-dir", type=path, default="data", help="where downloads and caches go (default: data)")
@@ -845,9 +850,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "purifier's activations computed twice; the same result (default: all at once)")  # fmt: skip
     group = parser.add_argument_group("preset", "every number can be overridden; in brackets the presets' own")
     for field in dataclasses.fields(Preset):
-        kind = {"action": argparse.BooleanOptionalAction}
-        if field.type is not bool:
-            kind = {"type": {int: int, float: parse_eps}[field.type], "metavar": field.type.__name__}
+        number = parse_number if field.type is float else int
+        kind = {"type": number, "metavar": field.type.__name__}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         option = "--" + field.name.replace("_", "-")
         defaults = ", ".join(f"{name} {getattr(preset, field.name):g}" for name, preset in PRESETS.items())
         group.add_argument(option, help=f"{field.metadata['meaning']} ({defaults})", **kind)
@@ -891,14 +897,15 @@ def plan_training(args, data: datasets.Dataset, classifier: WideResNet | None, r
                 raise ValueError(f"--{name} {given[name]} is not that of --classifier, {size}: leave it out")
 
     is_known = data.name in PRESETS
-    usual = choose_preset(args.preset or (data.name if is_known else "cifar10"), given)
-    p = fit_batches(usual, len(data.train_labels), given, ranks.count)
+    chosen = choose_preset(args.preset or (data.name if is_known else "cifar10"), given)
+    p = fit_batches(chosen, len(data.train_labels), given, ranks.count)
     if ranks.is_first and not args.preset and not is_known:
         print("the preset is cifar10's: a network for a GPU; --preset digits has a small one")
-    if ranks.is_first and p != usual:
-        fitted = [name for name in ("classifier_batch_size", "batch_size") if getattr(p, name) != getattr(usual, name)]
+    if ranks.is_first and p != chosen:
+        fitted = [name for name in ("classifier_batch_size", "batch_size") if getattr(p, name) != getattr(chosen, name)]
         sizes = " and ".join(f"--{name.replace('_', '-')} {getattr(p, name)}" for name in fitted)
-        print(f"{sizes}, for ten batches an epoch of {len(data.train_labels)} pictures; learning rates fall with them")
+        print(f"{sizes}, for ten batches an epoch of {len(data.train_labels)} pictures; "
+              "learning rates that were not given fall, too")  # fmt: skip
     return p
 
 
@@ -924,11 +931,11 @@ def main(argv=None, perturb=attack_batches, **settings) -> int:
     carso = None
     if args.stage == "all":  # already now: a defence that cannot be built is refused before the training
         layers = find_layers(classifier, args.tap)
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # again: the purifier is the same whether or not a classifier was drawn
         carso = build_carso(classifier, layers, shape, p.samples, p.condition_dim, p.latent_dim, p.decoder_width)
 
     folder = name_folder(args.dataset, args.name)
-    ranks.check_alike({"stage": args.stage})
+    ranks.check_alike({"stage": args.stage})  # not in config.json: stage two may follow in the same folder
     run = Run(folder, data, p, given_classifier, ranks, args.seed, args.micro_batch, tap=args.tap, **settings)
     if run.is_complete():
         return 0
@@ -939,7 +946,7 @@ def main(argv=None, perturb=attack_batches, **settings) -> int:
 
     if given_classifier is None:
         make_classifier(run, classifier)
-    if carso is None:
+    if args.stage == "classifier":
         path = str(folder / "classifier.pt")
         hint = ["evaluate.py", "--ckpt", path, "--dataset", args.dataset, "--eps", format_eps(p.eps)]
         run.say(f"now: python {shlex.join(hint)}")

@@ -9,7 +9,6 @@ multiply-add; convolutions, matrix products). Memory: on a GPU the peak, elsewhe
 """
 
 import argparse
-import dataclasses
 import statistics
 import time
 
@@ -23,7 +22,7 @@ from attacks import adversarially_balanced_batch, objective
 from evaluate import Seen, climb
 from models import WideResNet, record, representation_layers, run_script, start_device
 from purifier import CARSO, build_carso, vae_loss
-from train import PAPER, PRESETS, Preset, build_optimizer
+from train import PRESETS, Preset, build_optimizer
 
 SHAPES = {"digits": (10, (1, 32, 32)), "cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32)),
           "tinyimagenet": (200, (3, 64, 64))}  # fmt: skip
@@ -33,7 +32,7 @@ EOT = f"gradient of {DRAWS} draws, {EOT_PICTURES} pictures"
 
 def make_parts(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
     """Part -> a function that does it once, for pictures x (B, C, H, W) in [0, 1] and labels y (B,)."""
-    classifier, purifier, lookahead = carso.classifier, carso.purifier, build_optimizer(carso.purifier, PAPER)
+    classifier, purifier, lookahead = carso.classifier, carso.purifier, build_optimizer(carso.purifier, Preset())
 
     def training_step():
         carso.train()
@@ -154,7 +153,7 @@ def main(argv=None) -> int:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
     if args.unfused:
         models.FUSED_ON = ()
-    p = PRESETS[args.preset] if args.preset else dataclasses.replace(PAPER, depth=10, width=2)
+    p = PRESETS[args.preset] if args.preset else Preset(depth=10, width=2)
     classes, shape = SHAPES[args.preset or "cifar10"]
     carso = build(p, classes, shape, device)
     print(f"WRN-{p.depth}-{p.width}, S {p.samples}, {device}{', unfused' if args.unfused else ''}, "

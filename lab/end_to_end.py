@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data as datasets
 from aggregate import robust_logits
-from attacks import parse_eps, pgd
+from attacks import parse_number, pgd
 from models import record, run_script, start_device
 from purifier import CARSO, load_carso
 from train import (
@@ -143,7 +143,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--epochs", type=int, help="default: 20; digits: 14")
     add("--batch-size", type=int, help="pictures a step, over all processes (default: 512; digits: 64)")
     add("--learning-rate", type=float, help="of Adam, falls linearly to 0 (default: 1e-3)")
-    add("--eps", type=parse_eps, help="radius in pixels (default: its training's)")
+    add("--eps", type=parse_number, help="radius in pixels (default: its training's)")
     add("--attack-steps", type=int, default=5, help="PGD on the whole defence, each 2.5 eps / steps (default: 5)")
     add("--samples", type=int, default=1, help="S in training (default: 1)")
     add("--reconstruction", type=float, default=4.0, help="weight of the binary cross-entropy (default: 4)")

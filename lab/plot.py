@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"  # a notebook's own, where its package is not installed, would stop the import
 from matplotlib.figure import Figure
 
-from attacks import parse_eps
+from attacks import parse_number
 from evaluate import wilson
 from models import run_script, write_atomically
 
@@ -100,7 +100,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of an evaluation; with --out, LABEL=FOLDER")
     parser.add_argument("--out", type=Path, help="the figure of all folders' sweep-eps.tsv")
-    parser.add_argument("--radius", type=parse_eps, help="eps of the training: a line")
+    parser.add_argument("--radius", type=parse_number, help="eps of the training: a line")
     parser.add_argument("--no-gradient", metavar="LABEL", help="the curve that an attack could not follow")
     args = parser.parse_args(argv)
     if args.out:

@@ -110,14 +110,19 @@ def print_row(cells) -> None:
     print("| " + " | ".join(map(str, cells)) + " |")
 
 
+def print_heading(cells) -> None:
+    print_row(cells)
+    print_row(["---"] * len(cells))
+
+
 def percent(values) -> str:
     return ", ".join(f"{100 * value:.1f}" for value in values)
 
 
 def print_conditions(conditions: dict) -> None:
     """A row a condition: numbers by seed, but for agreement, deviations and BCE, which are means over the seeds."""
-    print_row(["taps, D, KL weight", "KL", "deviation over draws, pictures", "BCE", "agree: clean, 0.1, 0.2",
-               "clean: S = 8", "clean: z = 0", "eps 0.1", "eps 0.2", "audits failed"])  # fmt: skip
+    print_heading(["taps, D, KL weight", "KL", "deviation over draws, pictures", "BCE", "agree: clean, 0.1, 0.2",
+                   "clean: S = 8", "clean: z = 0", "eps 0.1", "eps 0.2", "audits failed"])  # fmt: skip
     for (taps, D, KL), found in conditions.items():
         mean = {key: np.mean([seen[key] for seen in found]) for key in ("over_draws", "over_pictures", "bce")}
         agree = [100 * np.mean([seen[what]["agree"] for seen in found]) for what in ("clean", *RADII)]
@@ -139,7 +144,7 @@ def print_conditions(conditions: dict) -> None:
 def print_decisions(conditions: dict) -> None:
     """A row a condition and kind of pictures: what single members and every aggregation make of the same members."""
     names = ["member", *AGGREGATIONS]
-    print_row(["taps, D, KL weight", "pictures", *names])
+    print_heading(["taps, D, KL weight", "pictures", *names])
     for (taps, D, KL), found in conditions.items():
         for what in ("clean", *RADII):
             means = [percent([np.mean([seen[what][name] for seen in found])]) for name in names]
@@ -148,7 +153,7 @@ def print_decisions(conditions: dict) -> None:
 
 def print_one_seed() -> None:
     """A row for each evaluation of seed 0's purifiers of KL weight 1."""
-    print_row(["taps, D", "evaluation", "n", "clean", "attacks", "worst", "audit"])
+    print_heading(["taps, D", "evaluation", "n", "clean", "attacks", "worst", "audit"])
     for taps, D in (("all", 64), ("all", 8), ("last", 64), ("last", 8)):
         for name in ONE_SEED:
             report = read_report(Path(f"runs/{taps}-{D}-1-0/{name}"))

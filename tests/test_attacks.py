@@ -169,12 +169,12 @@ def test_nonsense_is_refused(pixel, eps):
 
 
 def test_eps_is_typed_and_printed_as_people_do():
-    assert [attacks.parse_eps(text) for text in ("8/255", "0.03", "1e-3")] == [8 / 255, 0.03, 0.001]
+    assert [attacks.parse_number(text) for text in ("8/255", "0.03", "1e-3")] == [8 / 255, 0.03, 0.001]
     texts = {8 / 255: "8/255", 0.03: "0.03", 0.2: "51/255", 0: "0/255", 1e-9: "1e-09"}
     assert [attacks.format_eps(eps) for eps in texts] == list(texts.values())
     for text in ("", "8/", "1/0", "1e400", "nan", "inf", "eight"):
         with pytest.raises(ArgumentTypeError, match="not a number, such as 8/255"):
-            attacks.parse_eps(text)
+            attacks.parse_number(text)
 
 
 # ------------------------------------------------------------------------------------- the adversarially-balanced batch

@@ -168,7 +168,7 @@ def some_digits(count: int, classes: int = 10) -> datasets.Dataset:
 class OneOfMany(Ranks):
     """A rank that speaks for the others, too."""
 
-    def gather(self, value=None):
+    def gather(self, value):
         return [value] * self.count
 
     def sum(self, values):
@@ -218,12 +218,22 @@ def test_attacks_of_four_batches_in_one_call_are_those_of_one_by_one(tmp_path, m
 
     def attack(together):
         batches = some_batches(run, 9, 9, 8, 9, 8, 8, first=3)[begin:]
-        pairs = list(train.attack_batches(run, classifier, batches, together))
+        monkeypatch.setattr(train, "choose_group_size", lambda run: together)
+        pairs = list(train.attack_batches(run, classifier, batches))
         assert [batch for batch, _ in pairs] == batches
         draws = [torch.randn(1, generator=batch.generator) for batch in batches]  # what the step will draw
         return [perturbed for _, perturbed in pairs], draws
 
     assert_close(attack(4), attack(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "preset, device, processes, size",
+    [("cifar10", "cpu", 8, 1), ("cifar10", "cuda", 1, 1), ("cifar10", "cuda", 8, 4), ("tinyimagenet", "cuda", 8, 16)],
+)
+def test_on_a_gpu_so_many_batches_are_attacked_at_once_that_it_is_busy(preset, device, processes, size):
+    ranks = Ranks(torch.device(device), 0, processes)
+    assert train.choose_group_size(types.SimpleNamespace(ranks=ranks, p=PRESETS[preset])) == size
 
 
 def test_random_numbers_follow_from_seed_stage_epoch_and_step(tmp_path):
@@ -271,24 +281,29 @@ def test_sums_are_complete_wherever_a_run_is_killed(tmp_path, monkeypatch, capsy
     assert went_on == ["epoch 0, step 8", "epoch 1, step 2", "epoch 2, step 0"]
 
 
-def test_checkpoints_take_a_fiftieth_of_the_time(tmp_path, monkeypatch):
-    """The first one is made at once: it shows whether one can be kept, and how long it takes."""
+@pytest.mark.parametrize(
+    "step_seconds, save_seconds, places",
+    [(1, 0.09, [(0, 1), (0, 6), (1, 3), (1, 8), (2, 0)]), (150, 100, [(0, 1), (0, 5), (1, 1), (1, 5), (2, 0)])],
+)
+def test_checkpoints_take_a_fiftieth_of_the_time(tmp_path, monkeypatch, step_seconds, save_seconds, places):
+    """But one is made every ten minutes. The first one comes at once: it shows whether one can be kept, and how long it
+    takes."""
     now, saved = 0.0, []
 
     def step(batch):
         nonlocal now
-        now += 1  # second
+        now += step_seconds
         return torch.zeros(1)
 
     def save(path, content):
         nonlocal now
-        now += 0.09
+        now += save_seconds
         saved.append((content["epoch"], content["step"]))
 
     monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(train, "save_tensors", save)
     train_stage(some_run(tmp_path), step)
-    assert saved == [(0, 1), (0, 6), (1, 3), (1, 8), (2, 0)]
+    assert saved == places
 
 
 def test_a_long_epoch_says_every_minute_how_long_the_rest_takes(tmp_path, monkeypatch, capsys):
