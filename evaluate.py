@@ -14,9 +14,10 @@ version, and the defence under the others. One report holds both.
 A chunk of pictures is the unit of work. On each chunk the attacks run in order, each on the pictures that still stand.
 `select` draws of the noise choose each picture's worst candidate, and fresh draws score it. Each finished (attack,
 chunk) is a file, and a file that exists is never made again. Process r of n takes chunks r, r + n, ... A killed
-evaluation goes on under the same command, with any number of processes. Whoever finishes last writes the report.
+evaluation goes on under the same command, with any number of processes. Who finds all files writes the report.
 
-The way of a picture: main, run_chunks, evaluate_chunk, run_attack, score; then from the files: gather, write_report.
+The way of a picture: main, run, run_chunks, evaluate_chunk, run_attack, score; then from the files: gather,
+write_report.
 
 The audit looks at every picture, where the attacks begin and where they ended: do gradients exist, and do they explain
 how the answers change? If not, the exit status is 3 (torchrun makes it 1) and the report says why.
@@ -76,7 +77,7 @@ from purifier import fetch_published, is_carso, load_carso, load_published
 NUMBERS = {  # name: paper, reduced, meaning
     "pictures": (10_000, 100, "of the test set, the first ones"),
     "steps": (100, 10, "of APGD"),
-    "eot": (20, 4, "draws averaged (by AutoAttack: summed) for a gradient"),
+    "eot": (20, 4, "draws averaged for a gradient"),
     "pgd_steps": (200, 20, "of PGD+EoT"),
     "pgd_step_size": (0.007, 0.02, "of PGD+EoT, in pixels"),
     "queries": (5000, 200, "of Square"),
@@ -90,10 +91,15 @@ BUDGETS = {
     "reduced": {name: reduced for name, (_, reduced, _) in NUMBERS.items()},
 }
 
+# Of a deterministic model one draw tells all.
+ONE_DRAW = {"deterministic": True, "eot": 1, "select": 1, "draws": 1}
+
 
 def is_reduced(settings: dict) -> bool:
     """True if an attack works less, or a score rests on fewer draws, than in the paper's budget."""
     work = NUMBERS.keys() - {"pictures", "pgd_step_size", "chunk"}
+    if settings.get("deterministic"):
+        work = work - ONE_DRAW.keys()
     return any(settings[key] < BUDGETS["paper"][key] for key in work)
 
 
@@ -124,7 +130,8 @@ class Seen(nn.Module):
     """A model behind one view: pictures -> logits (B, K), while counting gradients, and those that do not exist.
 
     model: CARSO, or any nn.Module from pictures to logits. view: members' logits (B, S, K) -> (B, K), ignored for a
-    model without members. limit: at most so many reconstructions at a time, for memory; no answer depends on it."""
+    model without members. limit: at most so many reconstructions at a time, for memory; answers depend on it by
+    rounding alone."""
 
     def __init__(self, model: nn.Module, view=aggregate.robust_logits, samples: int = 1, limit: int = 1024):
         super().__init__()
@@ -144,7 +151,7 @@ class Seen(nn.Module):
         """E evaluations of every picture, (B, E, K), with latent noise z (B, E S, Z), drawn when None. A CARSO looks at
         the picture once for all of them; for a model without members each draw is a pass of its own."""
         if x.requires_grad:
-            x = x.view_as(x)  # one leaf may serve several draws, whose gradients would be counted together
+            x = x.view_as(x)  # AutoAttack has one leaf for several draws, on which all their hooks would stay
             x.register_hook(self._count_gradients)
         if self.has_members:
             z = self.draw(x, draws) if z is None else z
@@ -176,7 +183,7 @@ class Seen(nn.Module):
         self.count["zero"] += (flat == 0).all(1).sum()
 
 
-def climb(seen: Seen, y: torch.Tensor, loss="ce", draws: int = 1, z: torch.Tensor | None = None):
+def batched_objective(seen: Seen, y: torch.Tensor, loss="ce", draws: int = 1, z: torch.Tensor | None = None):
     """`attacks.objective` with all draws of EoT in one batch: for CARSO one classifier pass and one backward serve a
     step, as far as the limit allows. z: (B, E S, Z), to keep the noise fixed."""
     if not seen.has_members:
@@ -184,10 +191,11 @@ def climb(seen: Seen, y: torch.Tensor, loss="ce", draws: int = 1, z: torch.Tenso
 
     def losses_and_gradient(x):
         noise = seen.draw(x, draws) if z is None else z
-        rows = max(1, seen.limit // noise.shape[1])
+        rows = max(1, seen.limit // noise.shape[1])  # with all their draws, so that nothing is computed twice
         parts = []
         for pictures, labels, codes in zip(x.split(rows), y.split(rows), noise.split(rows)):
-            parts.append(objective(lambda x, codes=codes: seen.answer(x, draws, codes), labels, loss)(pictures))
+            answer = partial(seen.answer, draws=draws, z=codes)
+            parts.append(objective(answer, labels, loss)(pictures))
         losses, gradients = zip(*parts)
         return torch.cat(losses), torch.cat(gradients)
 
@@ -214,8 +222,8 @@ def reseed(seed: int, model: nn.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """run(seen, x, y, settings) -> candidates (N, B, C, H, W) in the eps-ball and in [0, 1]. One that equals x says
-    that nothing was found. Random numbers come from torch's global generator and the model's own."""
+    """run(seen, x, y, settings) -> candidates (N, B, C, H, W) in the eps-ball and in [0, 1]. Random numbers come from
+    torch's global generator and the model's own."""
 
     run: Callable
     on: tuple = ("defence",)  # of a CARSO: the whole, or the bare "classifier", or both
@@ -228,15 +236,15 @@ def no_attack(seen, x, y, settings):
 
 
 def uniform_noise(seen, x, y, settings):
-    """The control: the effect of an attack that ignores the model."""
+    """The effect of an attack that ignores the model."""
     return random_point(x, settings["eps"])[None]
 
 
 def pgd_eot(seen, x, y, settings):
     """PGD with EoT (paper, table 12), from a random start."""
-    eps = settings["eps"]
-    climbed = climb(seen, y, "ce", settings["eot"])
-    return ascend(climbed, x, random_point(x, eps), eps, settings["pgd_steps"], settings["pgd_step_size"])[None]
+    eps, steps, step_size = settings["eps"], settings["pgd_steps"], settings["pgd_step_size"]
+    losses_and_gradient = batched_objective(seen, y, "ce", settings["eot"])
+    return ascend(losses_and_gradient, x, random_point(x, eps), eps, steps, step_size)[None]
 
 
 def build_apgd(kind, seen: Seen, x: torch.Tensor, settings: dict, **more):
@@ -256,11 +264,12 @@ def autoattack_rand(seen, x, y, settings):
 
     They run on all pictures here. AutoAttack's own wrapper drops each picture that a single draw mislabels, and the
     later and stronger loss never sees it. Two candidates a loss: the point of the largest loss, and the last one that
-    some draw mislabelled."""
+    was mislabelled, by a single draw, or else the start."""
     from pyautoattack.autopgd_base import APGDAttack
 
     candidates = []
-    for loss in LOSSES if count_classes(seen, x) > 3 else ["ce"]:  # its DLR needs four classes
+    losses = LOSSES if count_classes(seen, x) > 3 else ["ce"]  # AutoAttack's DLR needs four classes
+    for loss in losses:
         apgd = build_apgd(APGDAttack, seen, x, settings, loss=loss, eot_iter=settings["eot"])
         apgd.init_hyperparam(x)
         largest_loss, _, _, mislabelled = apgd.attack_single_run(x.contiguous(), y)
@@ -278,24 +287,24 @@ def autoattack_standard(seen, x, y, settings):
     classes = count_classes(seen, x)
     suite = AutoAttack(seen, version="standard", eps=eps, seed=torch.initial_seed() % 2**31, device=x.device)
     # Both APGDs are built anew: changing n_iter afterwards would leave their schedules at 100 steps.
+    targets = min(settings["targets"], classes - 1)
     suite.apgd = build_apgd(APGDAttack, seen, x, settings)
-    suite.apgd_targeted = build_apgd(APGDAttack_targeted, seen, x, settings)
-    suite.apgd_targeted.n_target_classes = min(settings["targets"], classes - 1)
-    suite.fab.n_target_classes = min(settings["targets"], classes - 1)
+    suite.apgd_targeted = build_apgd(APGDAttack_targeted, seen, x, settings, n_target_classes=targets)
+    suite.fab.n_target_classes = targets
     suite.fab.n_iter = settings["steps"]
     suite.square.n_queries = settings["queries"]
-    suite.square.perturb = torch.no_grad()(suite.square.perturb)  # it would keep the graph of every query
     if classes <= 3:  # targeted APGD and FAB need more classes than that
         suite.attacks_to_run = ["apgd-ce", "fab", "square"]
     adversarial, _ = suite.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
     return project(adversarial.detach(), x, eps)[None]
 
 
-# In the order in which they run. The first two are controls: they count in the worst of all, but attack no model.
-CONTROLS = ("clean", "noise")
+# They count in the worst of all, but attack no model.
+BASELINES = ("clean", "noise")
+# In the order in which they run.
 ATTACKS = {
-    "clean": Attack(no_attack, on=("classifier", "defence"), eot=False),
-    "noise": Attack(uniform_noise, on=("classifier", "defence"), eot=False),
+    "clean": Attack(no_attack, on=("classifier", "defence")),
+    "noise": Attack(uniform_noise, on=("classifier", "defence")),
     "pgd-eot": Attack(pgd_eot, steps="pgd_steps"),
     "rand": Attack(autoattack_rand),
     "standard": Attack(autoattack_standard, on=("classifier",), eot=False),
@@ -396,15 +405,15 @@ def find_unexplained(e: Evaluation, begin, end, y: torch.Tensor, seed: int, by_m
     by_majority: single pictures count only where most others agree."""
     seen = e.see_view()
     seen.samples = min(seen.samples, 2)  # two members tell enough
-    tolerated = len(y) // 2 if by_majority else 0
-    errors = torch.full((len(y),), torch.inf, device=y.device)
+    most = max(len(y) // 2, 4)  # of fewer pictures no majority tells anything
+    tolerated = most if by_majority else 0
+    errors = torch.full((len(y),), torch.inf, device=y.device)  # at first all are looked at
     for points in (8, 32, 128):
         again = (errors > 0.2).nonzero().squeeze(1)
-        if points == 128 and len(again) > len(y) // 2:
+        if len(again) <= tolerated or (points == 128 and len(again) > most):
             break
-        if len(again) > tolerated:
-            f = hold_noise(seen, begin[again], seed)
-            errors[again] = measure_slope_error(f, begin[again], end[again], y[again], points)
+        f = hold_noise(seen, begin[again], seed)
+        errors[again] = measure_slope_error(f, begin[again], end[again], y[again], points)
     found = errors > 0.2
     return found if found.sum() > tolerated else torch.zeros_like(found)
 
@@ -430,7 +439,7 @@ def audit_start(e: Evaluation, start: int, x: torch.Tensor, y: torch.Tensor) -> 
     seed = e.reseed_for("audit-start", start)
     with torch.no_grad():
         answers = hold_noise(e.see_decision(), x, seed)(x)
-    eps = max(e.settings["eps"], 1 / 255)
+    eps = max(e.settings["eps"], 1 / 255)  # at radius 0 there is no way to go
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     point = low + (high - low) * torch.rand_like(x)
     random_corner = torch.where(torch.rand_like(x) < 0.5, low, high)
@@ -446,7 +455,7 @@ def audit_start(e: Evaluation, start: int, x: torch.Tensor, y: torch.Tensor) -> 
 def audit_end(e: Evaluation, start: int, x, y, worst: torch.Tensor, answers: np.ndarray) -> dict:
     """The audit where attacks ended, and on the way there. And the clean pictures once more, under the noise of
     `answers` (B, K): a model that remembers may answer otherwise by now. Fault -> (B,) bool."""
-    seed = e.reseed_for("audit-start", start)
+    seed = e.reseed_for("audit-start", start)  # of the beginning, so that clean pictures meet the same noise again
     with e.search_precision():
         faults, _ = find_missing_gradients(hold_noise(e.see_view(), worst, seed), worst, y)
     faults[UNEXPLAINED] = find_unexplained_in_each_precision(e, x, worst, y, seed)
@@ -488,11 +497,11 @@ def run_attack(e: Evaluation, name: str, start: int, x: torch.Tensor, y: torch.T
             raise RuntimeError(f"attack {name} left the eps-ball or [0, 1]: this is a fault of the attack")
 
         shares = []
-        for found in candidates:
-            e.reseed_for("select", start)  # the same noise for all candidates of a picture, whatever found them
-            z = decision.draw(x, e.settings["select"])
+        for candidate in candidates:
+            e.reseed_for("select", start)  # the same noise for all candidates, and of a CARSO for all attacks
+            z = decision.draw(x, e.settings["select"])  # for all pictures, so that none depends on which others stand
             z = None if z is None else z[standing]
-            shares.append(score(decision, found, labels, e.settings["select"], z).float().mean(1))
+            shares.append(score(decision, candidate, labels, e.settings["select"], z).float().mean(1))
         select[standing], chosen = torch.stack(shares).min(0)
         adversarial[standing] = candidates[chosen, torch.arange(len(chosen))]
 
@@ -506,10 +515,10 @@ def run_attack(e: Evaluation, name: str, start: int, x: torch.Tensor, y: torch.T
     return found | view.count
 
 
-def score_worst(e: Evaluation, start: int, y: torch.Tensor, attacked: dict[str, dict]) -> dict:
+def score_worst(e: Evaluation, start: int, y: torch.Tensor, results: dict[str, dict]) -> dict:
     """Each picture's worst over all attacks, the least share in the selection, on fresh draws. Among equals the first
-    attack counts, and controls come last."""
-    attacks = [attacked[name] for name in sorted(attacked, key=lambda name: name in CONTROLS)]
+    attack counts, and baselines come last."""
+    attacks = [results[name] for name in sorted(results, key=lambda name: name in BASELINES)]
     select = np.where([a["attacked"] for a in attacks], [a["select"] for a in attacks], np.inf)  # (attacks, B)
     adversarial = np.stack([a["adversarial"] for a in attacks])[select.argmin(0), np.arange(len(y))]
     e.reseed_for("final", start)
@@ -525,14 +534,14 @@ def evaluate_chunk(e: Evaluation, start: int) -> None:
 
     audit = e.do_once("audit-start", start, partial(audit_start, e, start, x, y))
 
-    attacked = {}
+    results = {}
     standing = torch.ones(len(x), dtype=torch.bool, device=e.device)
     for name in e.attacks:
-        attacked[name] = e.do_once(name, start, partial(run_attack, e, name, start, x, y, standing))
-        if e.settings["cascade"] and name != "noise":  # the control is no attack: it takes nothing
-            standing = standing & torch.from_numpy(attacked[name]["select"] > 0).to(e.device)
+        results[name] = e.do_once(name, start, partial(run_attack, e, name, start, x, y, standing))
+        if e.settings["cascade"] and name != "noise":  # which is no attack, and takes nothing
+            standing = standing & torch.from_numpy(results[name]["select"] > 0).to(e.device)
 
-    worst = e.do_once("worst", start, partial(score_worst, e, start, y, attacked))
+    worst = e.do_once("worst", start, partial(score_worst, e, start, y, results))
     ends = torch.from_numpy(worst["adversarial"]).to(e.device)
     e.do_once("audit-end", start, partial(audit_end, e, start, x, y, ends, audit["answers"]))
 
@@ -554,30 +563,32 @@ def run_chunks(evaluations: list[Evaluation]) -> bool:
 
 
 def gather(e: Evaluation) -> dict[str, dict]:
-    """All files in one: name of the work -> its arrays over the pictures of all chunks; counts are summed."""
+    """All files in one: name of the work -> its arrays over the pictures of all chunks; counts are summed. Adversarial
+    pictures are left in their files."""
     table = {}
     for name in e.work_names:
         chunks = [datasets.load_npz(e.find_path(name, start)) for start in e.starts]
         table[name] = {}
-        for key in chunks[0]:
+        for key in chunks[0].keys() - {"adversarial"}:
             values = [chunk[key] for chunk in chunks]
             table[name][key] = np.concatenate(values) if values[0].ndim else sum(map(float, values))
     return table
 
 
-def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
+def wilson(mean: float, n: int) -> list[float]:
     """95 % interval of a mean of n numbers in [0, 1] (Wilson; for expectations between 0 and 1 it is on the wide
     side)."""
+    z = 1.96
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def bootstrap_means(difference: np.ndarray, samples: int = 10_000) -> np.ndarray:
-    """Means of a difference (n,) over pictures that are resampled, (samples,): their quantiles are an interval."""
+def bootstrap_means(difference: np.ndarray, times: int = 10_000) -> np.ndarray:
+    """Means of a difference (n,) over pictures that are resampled, (times,): their quantiles are an interval."""
     n = len(difference)
     rng = np.random.default_rng(0)
-    return np.array([difference[rng.integers(0, n, n)].mean() for _ in range(samples)])
+    return np.array([difference[rng.integers(0, n, n)].mean() for _ in range(times)])
 
 
 def summarise(right: np.ndarray) -> dict:
@@ -590,7 +601,7 @@ def summarise_model(e: Evaluation, table: dict[str, dict]) -> dict:
     """One model's part of report.json."""
     attacks = {}
     for name, attack in e.attacks.items():
-        if name in CONTROLS:
+        if name in BASELINES:
             continue
         a = table[name]
         attacks[name] = summarise(a["right"]) | {
@@ -636,12 +647,16 @@ def format_table(models: dict[str, dict]) -> list[str]:
     lines = ["| model | attack | accuracy | every draw right | steps x draws | attacked | seconds |", "|---" * 7 + "|"]
     for model, part in models.items():
         rows = {"none": part["clean"], "uniform noise": part["noise"]} | part["attacks"]
-        for attack, row in (rows | {"**worst of all**": part["robust"]}).items():
+        if part["attacks"]:
+            rows["**worst of all**"] = part["robust"]
+        for attack, row in rows.items():
             low, high = (100 * bound for bound in row["interval"])
             cells = [model, attack, f"{100 * row['accuracy']:.1f} ({low:.1f} to {high:.1f})"]
-            cells += [f"{100 * row['worst_draw']:.1f}", "", "", ""]
+            cells.append(f"{100 * row['worst_draw']:.1f}")
             if "steps" in row:
-                cells[4:] = f"{row['steps']} x {row['eot']}", str(row["standing"]), f"{row['seconds']:.0f}"
+                cells += [f"{row['steps']} x {row['eot']}", str(row["standing"]), f"{row['seconds']:.0f}"]
+            else:
+                cells += ["", "", ""]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -679,8 +694,8 @@ def format_report(r: dict) -> str:
 
 def explain(r: dict) -> str:
     """The meaning of the table, in a sentence or two."""
-    if not r["attacks"]:
-        return "Nothing attacked the model: add --attack rand, say."
+    if not r["models"][r["model"]]["attacks"]:
+        return f"Nothing attacked the {r['model']}: add --attack rand, say."
     text = f"The {r['model']} keeps {100 * r['robust']['accuracy']:.1f} % of {r['n']} pictures under its worst attack."
     if "to_classifier" in r:
         low, high = (100 * bound for bound in r["to_classifier"]["interval"])
@@ -715,11 +730,11 @@ def draw_samples(e: Evaluation, path: Path) -> None:
     reseed(0, e.model)
     answers = e.see_decision()(adversarial).argmax(1)
     captions = [[f"is {label}", f"answer {answer}", ""] for label, answer in zip(e.labels.tolist(), answers.tolist())]
-    if hasattr(e.model, "purify"):
-        z = e.model.draw(x, 6)
-        tiles += e.model.purify(adversarial, z).unbind(1)
+    if hasattr(e.model, "purifier"):
+        reconstructions, members = e.model.answers(adversarial, e.model.draw(x, 6))
+        tiles += reconstructions.unbind(1)
         headings += ["reconstruction"] * 6
-        for line, labels in zip(captions, e.model.member_logits(adversarial, z).argmax(2).tolist()):
+        for line, labels in zip(captions, members.argmax(2).tolist()):
             line += [f"label {label}" for label in labels]
     datasets.save_pictures(path, torch.stack(tiles, 1), headings, captions)
 
@@ -732,7 +747,7 @@ def write_report(evaluations: list[Evaluation], about: dict, picture_numbers: li
     robust are the last model's, attacks are all models' (target says whose)."""
     tables = {e.name: gather(e) for e in evaluations}
     models = {e.name: summarise_model(e, tables[e.name]) for e in evaluations}
-    faults = [fault for e in evaluations for fault in judge(e, tables[e.name])]
+    messages = [message for e in evaluations for message in judge(e, tables[e.name])]
     environments = [work["environment"] for table in tables.values() for work in table.values()]
     e = evaluations[-1]
     n = len(e.labels)
@@ -741,11 +756,11 @@ def write_report(evaluations: list[Evaluation], about: dict, picture_numbers: li
         "models": models,
         "attacks": {name: a for model in models.values() for name, a in model["attacks"].items()},
         "commonest_class": int(e.labels.bincount().max()) / n,
-        "audit": {"passed": not faults, "messages": faults},
+        "audit": {"passed": not messages, "messages": messages},
         "config": e.settings,
         "environment": np.unique(np.concatenate(environments)).tolist(),
     }
-    if len(evaluations) == 2 and models["classifier"]["attacks"]:
+    if len(evaluations) == 2 and all(model["attacks"] for model in models.values()):
         defence, classifier = (tables[name]["worst"]["right"].mean(1) for name in ("defence", "classifier"))
         interval = np.quantile(bootstrap_means(defence - classifier), [0.025, 0.975]).tolist()
         report["to_classifier"] = {"difference": float((defence - classifier).mean()), "interval": interval}
@@ -785,10 +800,9 @@ def build_parser(description: str, groups=()) -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     group = parser.add_argument_group("budget", "every number of it can be overridden")
     for name, (paper, reduced, meaning) in NUMBERS.items():
-        options = ["--pictures", "--n"] if name == "pictures" else ["--" + name.replace("_", "-")]
         kind = parse_number if isinstance(paper, float) else int
         text = f"{meaning} (paper {paper}, reduced {reduced})"
-        group.add_argument(*options, dest=name, type=kind, metavar="NUMBER", help=text)
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="NUMBER", help=text)
     return parser
 
 
@@ -828,7 +842,8 @@ def load_authors_defence(name: str, data_dir: str, device: torch.device) -> tupl
     model = load_published(folder, len(data.classes), data.test_images.shape[1:], data.mean, data.std).to(device)
     _, accuracy = next(iter(PUBLISHED[name].values()))
     check_clean_accuracy(model.classifier, data, accuracy, folder)
-    return model.requires_grad_(False), data, {}, Path("runs") / f"published-{name}" / "authors"
+    source = Path("runs") / f"published-{name}" / "authors"  # no such file: the evaluation's folder lies beside it
+    return model.requires_grad_(False), data, {}, source
 
 
 def find_notes(data: datasets.Dataset, state: dict, source: Path) -> list[str]:
@@ -859,9 +874,11 @@ def choose_settings(args, model: nn.Module, state: dict, data: datasets.Dataset,
     if samples < 0:
         raise ValueError(f"--samples {samples} is not 0 or more")
 
-    normalisation = None
-    if isinstance(model, WideResNet):  # it may not be among a bare classifier's weights
-        normalisation = [list(model.config["mean"]), list(model.config["std"])]
+    has_members = hasattr(model, "member_logits")
+    if not has_members and (args.samples is not None or args.view or args.aggregation != "robust"):
+        raise ValueError("--samples, --view and --aggregation are for a CARSO, and this model is none: leave them out")
+    wide = [part for part in model.modules() if isinstance(part, WideResNet)]
+    normalisation = [[list(part.config["mean"]), list(part.config["std"])] for part in wide]  # not among the weights
     asked = args.attack or (["standard", "rand"] if hasattr(model, "purifier") else ["standard"])
     pictures = slice(settings["pictures"])
     return settings | {
@@ -870,7 +887,7 @@ def choose_settings(args, model: nn.Module, state: dict, data: datasets.Dataset,
         "weights": weights or hash_weights(model),
         "normalisation": normalisation,
         "data": datasets.fingerprint(data.test_images[pictures], data.test_labels[pictures], data.classes),
-        "attacks": [name for name in ATTACKS if name in (*CONTROLS, *asked)],
+        "attacks": [name for name in ATTACKS if name in (*BASELINES, *asked)],
         "cascade": not args.no_cascade,
         "aggregation": args.aggregation,
         "view": args.view,
@@ -889,9 +906,6 @@ def claim_folder(args: argparse.Namespace, settings: dict, source: Path) -> Path
     return folder.resolve()
 
 
-ONE_DRAW = {"eot": 1, "select": 1, "draws": 1}  # tells all about a deterministic model
-
-
 def build_evaluations(model: nn.Module, data, settings: dict, folder: Path, device, limit: int) -> list[Evaluation]:
     """Two of a CARSO, its bare classifier first; one of any other model."""
     n = settings["pictures"]
@@ -906,7 +920,7 @@ def build_evaluations(model: nn.Module, data, settings: dict, folder: Path, devi
         return [build("classifier", model, attacks, one_draw)]
     if not hasattr(model, "purifier"):
         return [build("model", model, attacks, settings)]
-    model.samples = settings["samples"]
+    model.samples = settings["samples"]  # where it is 0, the model draws zeros
     on_classifier = {name: attack for name, attack in attacks.items() if "classifier" in attack.on}
     on_defence = {name: attack for name, attack in attacks.items() if "defence" in attack.on}
     return [

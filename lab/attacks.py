@@ -14,7 +14,7 @@ from torch import nn
 
 import aggregate
 from attacks import LOSSES, project, random_point
-from evaluate import AGGREGATIONS, ATTACKS, VIEWS, Attack, Seen, climb
+from evaluate import AGGREGATIONS, ATTACKS, VIEWS, Attack, Seen, batched_objective
 
 # ---------------------------------------------------------------------------------------------- decisions and views
 
@@ -95,15 +95,15 @@ def apgd(objective, x: torch.Tensor, eps: float, steps: int, start: torch.Tensor
 # --------------------------------------------------------------------------------------------------------- the runs
 
 
-def attack_by_apgd(climbed, x: torch.Tensor, settings: dict) -> torch.Tensor:
-    """Our APGD from a random start, (B, C, H, W). climbed: pictures -> losses (B,), gradient."""
-    return apgd(climbed, x, settings["eps"], settings["steps"], random_point(x, settings["eps"]))[0]
+def attack_by_apgd(losses_and_gradient, x: torch.Tensor, settings: dict) -> torch.Tensor:
+    """Our APGD from a random start, (B, C, H, W). losses_and_gradient: pictures -> losses (B,), gradient."""
+    return apgd(losses_and_gradient, x, settings["eps"], settings["steps"], random_point(x, settings["eps"]))[0]
 
 
 def apgd_through(view: str | None, loss: str, seen: Seen, x, y, settings):
     """Our APGD on one loss, through one view (None: the chosen one), averaged over draws."""
     seen = look_through(seen, VIEWS.get(view))
-    return attack_by_apgd(climb(seen, y, loss, settings["eot"]), x, settings)[None]
+    return attack_by_apgd(batched_objective(seen, y, loss, settings["eot"]), x, settings)[None]
 
 
 def apgd_targeted(seen: Seen, x, y, settings):
@@ -120,14 +120,14 @@ def apgd_targeted(seen: Seen, x, y, settings):
     likeliest = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
     found = []
     for number in range(min(settings["targets"], classes - 1)):
-        climbed = climb(seen, y + classes * likeliest[:, number], margin, settings["eot"])
-        found.append(attack_by_apgd(climbed, x, settings))
+        losses_and_gradient = batched_objective(seen, y + classes * likeliest[:, number], margin, settings["eot"])
+        found.append(attack_by_apgd(losses_and_gradient, x, settings))
     return torch.stack(found)
 
 
 def fixed_noise(seen: Seen, x, y, settings):
     """The same latent draws at every step: a deterministic model, attacked by APGD without EoT."""
-    return attack_by_apgd(climb(seen, y, "ce", 1, seen.draw(x, 1)), x, settings)[None]
+    return attack_by_apgd(batched_objective(seen, y, "ce", 1, seen.draw(x, 1)), x, settings)[None]
 
 
 def transfer(seen: Seen, x, y, settings):
@@ -136,8 +136,8 @@ def transfer(seen: Seen, x, y, settings):
     found = []
     for source in sources:
         for loss in LOSSES:
-            climbed = climb(look_through(seen, model=source), y, loss)
-            found.append(attack_by_apgd(climbed, x, settings))
+            losses_and_gradient = batched_objective(look_through(seen, model=source), y, loss)
+            found.append(attack_by_apgd(losses_and_gradient, x, settings))
     return torch.stack(found)
 
 

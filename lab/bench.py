@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 import models
 from attacks import adversarially_balanced_batch, objective
-from evaluate import Seen, climb
+from evaluate import Seen, batched_objective
 from models import WideResNet, record, representation_layers, run_script, start_device
 from purifier import CARSO, build_carso, vae_loss
 from train import PRESETS, Preset, build_optimizer
@@ -53,7 +53,7 @@ def make_parts(carso: CARSO, x: torch.Tensor, y: torch.Tensor) -> dict:
         "training step": training_step,
         "inference": torch.no_grad()(lambda: carso(x)),
         "gradient of the whole": lambda: objective(carso, y)(x),
-        EOT: lambda: climb(Seen(carso, samples=carso.samples, limit=10**9), y[few], "ce", DRAWS)(x[few]),
+        EOT: lambda: batched_objective(Seen(carso, samples=carso.samples, limit=10**9), y[few], "ce", DRAWS)(x[few]),
     }
 
 

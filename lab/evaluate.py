@@ -25,7 +25,7 @@ from torch import nn
 import data as datasets
 import evaluate
 from attacks import format_eps, margin, objective, random_point
-from evaluate import ONE_DRAW, Evaluation, Seen, bootstrap_means, hold_noise
+from evaluate import BASELINES, ONE_DRAW, Evaluation, Seen, bootstrap_means, hold_noise
 from lab.attacks import CONTROLS, FOR_CARSO, GROUPS, VIEW_OF_DECISION, WEAKER
 from lab.end_to_end import load_end_to_end
 from models import load_classifier, run_script, start_device
@@ -305,6 +305,9 @@ def run_sweep(what: str, attack: str, build, settings: dict, folder: Path, about
     a failed audit or signs of masked gradients. build(settings, folder) -> the evaluations."""
     from lab.plot import plot_sweep
 
+    last = build(settings, folder)[-1]
+    if attack in BASELINES or attack not in last.attacks:
+        raise ValueError(f"--sweep {what} --attack {attack} attacks nothing: the model is a {last.name}")
     rows, failed = [], False
     for value in SWEEPS[what]:
         text = format_eps(value).replace("/", "_") if what == "eps" else str(value)

@@ -25,8 +25,8 @@ import data as datasets
 import evaluate
 from attacks import measure_slope_error
 from data import load, pixels
-from evaluate import AGGREGATIONS, ATTACKS, BUDGETS, VIEWS, Attack, Evaluation, Seen, climb, reseed, score
-from models import load_tensors, save_tensors
+from evaluate import AGGREGATIONS, ATTACKS, BUDGETS, VIEWS, Attack, Evaluation, Seen, batched_objective, reseed, score
+from models import WideResNet, load_tensors, save_tensors
 from purifier import CARSO, load_carso, save_carso
 
 SMALL = dict(
@@ -196,7 +196,14 @@ def test_work_of_other_days_and_versions_is_named(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def others(folder):
-    """Beside carso.pt: one whose pictures are gone, one of other weights, a bare classifier, and colour pictures."""
+    """Beside carso.pt: one whose pictures are gone, one of another normalisation and one of other weights, a bare
+    classifier, and colour pictures."""
+    carso, state = load_carso(folder / "carso.pt")
+    config = carso.classifier.config | {"mean": [carso.classifier.config["mean"][0] + 0.1]}
+    weights = carso.classifier.state_dict()
+    carso.classifier = WideResNet(**config).eval()
+    carso.classifier.load_state_dict(weights)
+    save_carso(folder / "darker.pt", carso, **state)
     carso, state = load_carso(folder / "carso.pt")
     save_carso(folder / "moved.pt", carso, **state | {"dataset": "gone.npz"})
     normalisation = {"mean": carso.classifier.mean.flatten(), "std": carso.classifier.std.flatten()}
@@ -222,6 +229,10 @@ def others(folder):
         (["--ckpt", "moved.pt"], "moved.pt says that it was trained on gone.npz, which is not here: add --dataset"),
         (["--ckpt", "carso.pt", "--out", "whole", "--draws", "5"], "whole holds other settings (draws: 4 there, 5 now"),
         (["--ckpt", "changed.pt", "--out", "whole"], "whole holds other settings (weights: "),
+        (["--ckpt", "darker.pt", "--out", "whole"], "whole holds other settings (normalisation: "),
+        (["--ckpt", "classifier.pt", "--dataset", "digits", "--view", "naive-odds"], "are for a CARSO"),
+        (["--ckpt", "classifier.pt", "--dataset", "digits", "--samples", "4"], "are for a CARSO"),
+        (["--ckpt", "classifier.pt", "--dataset", "digits", "--aggregation", "mean-logits"], "are for a CARSO"),
     ],
 )
 def test_wrong_input_gets_a_sentence_and_status_2(folder, others, options, sentence):
@@ -269,6 +280,16 @@ def test_a_classifier_alone_is_evaluated(folder, others):
     assert status == 2 and "classifier holds other settings (normalisation: " in said
 
 
+@pytest.mark.parametrize("attack, attacked", [("standard", "classifier"), ("rand", "defence")])
+def test_a_model_that_nothing_attacked_has_no_worst(folder, attack, attacked):
+    """Of one that nothing attacked the report must not say how robust it is, nor compare it with the other."""
+    assert call(folder, "--ckpt", "carso.pt", "--attack", attack, "--pictures", "2", "--out", attack)[0] == 0
+    said = (folder / attack / "report.md").read_text()
+    assert re.findall(r"\| (\w+) \| \*\*worst of all", said) == [attacked]
+    assert ("Nothing attacked the defence: add" in said) == (attacked == "classifier")
+    assert "The difference" not in said and "to_classifier" not in read_report(folder, attack)
+
+
 def test_test_pictures_alone_are_enough_and_keep_their_numbers(folder):
     labels = DIGITS.test_labels[:6].numpy()  # in the order of their classes, and so they are shuffled
     np.savez(folder / "corrupted.npz", test_images=255 - DIGITS.test_images[:6, 0].numpy(), test_labels=labels)
@@ -283,7 +304,7 @@ def test_a_carso_that_says_nothing_of_its_training_is_evaluated(folder):
     save_carso(folder / "bare.pt", load_carso(folder / "carso.pt")[0])
     options = ["--dataset", "digits", "--pictures", "2", *CLEAN, "--out", "bare"]
     assert call(folder, "--ckpt", "bare.pt", *options)[0] == 0
-    assert "Nothing attacked the model" in (folder / "bare" / "report.md").read_text()
+    assert "Nothing attacked the defence" in (folder / "bare" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("trained_on", ["same", "other"])
@@ -324,12 +345,18 @@ def test_one_smaller_number_makes_a_budget_a_reduced_one():
         assert evaluate.is_reduced(few_pictures | {number: few_pictures[number] - 1}), number
 
 
+def test_one_draw_of_a_deterministic_model_is_no_reduced_budget():
+    assert not evaluate.is_reduced(BUDGETS["paper"] | evaluate.ONE_DRAW)
+    assert evaluate.is_reduced(BUDGETS["paper"] | {"eot": 1, "select": 1, "draws": 1})
+    assert evaluate.is_reduced(BUDGETS["paper"] | evaluate.ONE_DRAW | {"steps": 10})
+
+
 def test_eot_in_one_batch_is_the_mean_of_single_draws(tiny_carso):
     x, y = torch.rand(2, 1, 32, 32).double(), torch.tensor([1, 2])
     seen = Seen(tiny_carso.double(), samples=3)
     z = torch.randn(2, 4 * 3, 4).double()
-    losses, gradient = climb(seen, y, "ce", 4, z)(x)
-    singles = [climb(seen, y, "ce", 1, part)(x) for part in z.split(3, dim=1)]
+    losses, gradient = batched_objective(seen, y, "ce", 4, z)(x)
+    singles = [batched_objective(seen, y, "ce", 1, part)(x) for part in z.split(3, dim=1)]
     assert_close(losses, torch.stack([l for l, _ in singles]).mean(0))
     assert_close(gradient, torch.stack([g for _, g in singles]).mean(0))
     assert seen.count["gradients"] == 2 * (1 + 4)
@@ -337,7 +364,7 @@ def test_eot_in_one_batch_is_the_mean_of_single_draws(tiny_carso):
 
 def test_the_memory_limit_changes_nothing(tiny_carso):
     x, y, z = torch.rand(3, 1, 32, 32), torch.tensor([0, 1, 2]), torch.randn(3, 6 * 2, 4)
-    found = [climb(Seen(tiny_carso, samples=2, limit=n), y, "ce", 6, z)(x) for n in (1000, 7, 1)]
+    found = [batched_objective(Seen(tiny_carso, samples=2, limit=n), y, "ce", 6, z)(x) for n in (1000, 7, 1)]
     scores = [score(Seen(tiny_carso, samples=2, limit=n), x, y, 6, z) for n in (1000, 7, 1)]
     for (losses, gradient), right in zip(found[1:], scores[1:]):
         assert_close(losses, found[0][0])
@@ -498,6 +525,12 @@ def test_the_audit_looks_where_the_attack_ended(tmp_path, networks):
     e.labels[:] = networks["max-pool"](pixels(e.images[:1])).argmax()
     messages = finish(e)["audit"]["messages"]
     assert messages and all("where the attacks ended" in message for message in messages), messages
+
+
+def test_the_report_needs_no_pictures_in_memory(tmp_path):
+    e = make_evaluation(Coin(), tmp_path, n=3)
+    finish(e)
+    assert not any("adversarial" in table for table in evaluate.gather(e).values())
 
 
 def test_an_attack_that_leaves_the_ball_is_a_fault(tmp_path):
@@ -743,6 +776,16 @@ def test_a_lie_in_bfloat16_alone_is_seen_where_attacks_search_in_it(networks, tm
 
     model = Around(networks["max-pool"], lie)
     assert not find_faults(model, tmp_path / "float32") and find_faults(model, tmp_path / "bf16", bf16=True)
+
+
+@pytest.mark.parametrize("pictures, by_majority, accused", [(3, False, 1), (3, True, 0), (9, True, 0), (9, False, 1)])
+def test_of_few_pictures_no_majority_tells_anything(tmp_path, monkeypatch, pictures, by_majority, accused):
+    """The last chunk may have one picture."""
+    errors = torch.tensor([0.5] + [0.0] * 8)
+    monkeypatch.setattr(evaluate, "measure_slope_error", lambda f, begin, end, y, points: errors[: len(y)])
+    e = make_evaluation(Coin(), tmp_path, n=pictures)
+    x, y = pixels(e.images), e.labels
+    assert evaluate.find_unexplained(e, x, x, y, 0, by_majority).sum() == accused
 
 
 def test_a_model_that_remembers_fails_the_audit(networks, tmp_path):

@@ -76,7 +76,7 @@ def test_seeds_are_averaged_and_their_spread_counts(tmp_path):
 def test_the_interval_covers_the_choice_of_seeds(monkeypatch):
     """Of three seeds that differ by more than pictures do, 19 of 20 intervals should hold the truth, which is 0;
     resampling the seeds, 83 of 100 did."""
-    monkeypatch.setattr(compare, "bootstrap_means", functools.partial(compare.bootstrap_means, samples=500))
+    monkeypatch.setattr(compare, "bootstrap_means", functools.partial(compare.bootstrap_means, times=500))
     rng, trials, holds = np.random.default_rng(1), 400, 0
     for _ in range(trials):
         seeds = rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.05, (3, 50))

@@ -416,6 +416,8 @@ PLAIN_MODEL = ["--model", "plain.py:build", "--dataset", "digits", "--eps", "0.1
         ([*PLAIN_MODEL, "--control", "fixed-z"], "--control and --final are for a CARSO of --ckpt"),
         (["--ckpt", "carso.pt", "--attack", "magic"], "argument --attack: invalid choice: 'magic'"),
         (["--ckpt", "carso.pt", "--sweep", "eps", "--attack", "rand", "pgd-eot"], "--sweep eps repeats one attack"),
+        (["--ckpt", "carso.pt", "--sweep", "eps", "--attack", "standard"], "attacks nothing: the model is a defence"),
+        (["--ckpt", "carso.pt", "--sweep", "eps", "--attack", "noise"], "attacks nothing: the model is a defence"),
     ],
 )
 def test_wrong_input_gets_a_sentence(folder, options, sentence):
