@@ -49,8 +49,8 @@ from attacks import (
     LOSSES,
     ascend,
     find_missing_gradients,
+    find_unexplained,
     format_eps,
-    measure_slope_error,
     objective,
     parse_number,
     project,
@@ -341,10 +341,11 @@ class Evaluation:
     def see_decision(self) -> Seen:
         return Seen(self.model, AGGREGATIONS[self.settings["aggregation"]], self.settings["samples"], self.limit)
 
-    def see_view(self) -> Seen:
-        """The model as attacks see it."""
+    def see_view(self, members: int | None = None) -> Seen:
+        """The model as attacks see it; members: at most so many of them, which tell enough where nothing is scored."""
         seen = self.see_decision()
         seen.view = VIEWS.get(self.settings["view"], seen.view)
+        seen.samples = min(seen.samples, members or seen.samples)
         return seen
 
     def reseed_for(self, *what) -> int:
@@ -396,34 +397,12 @@ def hold_noise(seen: Seen, x: torch.Tensor, seed: int) -> Callable:
     return answer
 
 
-def find_unexplained(e: Evaluation, begin, end, y: torch.Tensor, seed: int, by_majority=False) -> torch.Tensor:
-    """Of which pictures the gradients do not explain how the answer changes from begin to end, (B,) bool.
-
-    A picture whose error is above 0.2 is looked at again with more points: an honest error shrinks. Where most are
-    above it with 32 points, the slope changes within an attack's step and is of no use to it, derivative or not.
-    Measured on digits: honest models stay below, and most pictures of masked ones lie above 0.3 (RESULTS.md).
-    by_majority: single pictures count only where most others agree."""
-    seen = e.see_view()
-    seen.samples = min(seen.samples, 2)  # two members tell enough
-    most = max(len(y) // 2, 4)  # of fewer pictures no majority tells anything
-    tolerated = most if by_majority else 0
-    errors = torch.full((len(y),), torch.inf, device=y.device)  # at first all are looked at
-    for points in (8, 32, 128):
-        again = (errors > 0.2).nonzero().squeeze(1)
-        if len(again) <= tolerated or (points == 128 and len(again) > most):
-            break
-        f = hold_noise(seen, begin[again], seed)
-        errors[again] = measure_slope_error(f, begin[again], end[again], y[again], points)
-    found = errors > 0.2
-    return found if found.sum() > tolerated else torch.zeros_like(found)
-
-
-def find_unexplained_in_each_precision(e: Evaluation, begin, end, y: torch.Tensor, seed: int) -> torch.Tensor:
+def find_unexplained_in_each_precision(e: Evaluation, fix: Callable, start, end, y: torch.Tensor) -> torch.Tensor:
     """`find_unexplained` in float32; with --bf16 in bfloat16, too, where rounding hides single pictures."""
-    found = find_unexplained(e, begin, end, y, seed)
+    found = find_unexplained(fix, start, end, y)
     if e.settings["bf16"]:
         with e.search_precision():
-            found = found | find_unexplained(e, begin, end, y, seed, by_majority=True)
+            found = found | find_unexplained(fix, start, end, y, by_majority=True)
     return found
 
 
@@ -447,8 +426,9 @@ def audit_start(e: Evaluation, start: int, x: torch.Tensor, y: torch.Tensor) -> 
     with e.search_precision():
         faults, gradient = find_missing_gradients(hold_noise(e.see_view(), point, seed), point, y)
     uphill = torch.where(gradient > 0, high, torch.where(gradient < 0, low, point))
-    unexplained = find_unexplained_in_each_precision(e, point, uphill, y, seed)
-    unexplained |= find_unexplained(e, point, random_corner, y, seed, by_majority=True)
+    fix = partial(hold_noise, e.see_view(members=2), seed=seed)
+    unexplained = find_unexplained_in_each_precision(e, fix, point, uphill, y)
+    unexplained |= find_unexplained(fix, point, random_corner, y, by_majority=True)
     return faults | {UNEXPLAINED: unexplained, "answers": answers}
 
 
@@ -458,7 +438,8 @@ def audit_end(e: Evaluation, start: int, x, y, worst: torch.Tensor, answers: np.
     seed = e.reseed_for("audit-start", start)  # of the beginning, so that clean pictures meet the same noise again
     with e.search_precision():
         faults, _ = find_missing_gradients(hold_noise(e.see_view(), worst, seed), worst, y)
-    faults[UNEXPLAINED] = find_unexplained_in_each_precision(e, x, worst, y, seed)
+    fix = partial(hold_noise, e.see_view(members=2), seed=seed)
+    faults[UNEXPLAINED] = find_unexplained_in_each_precision(e, fix, x, worst, y)
     with torch.no_grad():
         now = hold_noise(e.see_decision(), x, seed)(x)  # last, after everything that is counted
     before = torch.from_numpy(answers).to(now)

@@ -215,3 +215,20 @@ def test_fraction_zero_perturbs_nothing_and_others_than_fractions_are_refused():
     for fraction in (-0.1, 1.1):
         with pytest.raises(ValueError, match="fraction"):
             adversarially_balanced_batch(Linear(), x, y, EPS, fraction)
+
+
+# ------------------------------------------------------------------------------------ is a gradient the derivative?
+
+
+@pytest.mark.parametrize("pictures, by_majority, accused", [(3, False, 1), (3, True, 0), (9, True, 0), (9, False, 1)])
+def test_of_few_pictures_no_majority_tells_anything(pictures, by_majority, accused):
+    """The last chunk of an evaluation may have one picture. Here the gradient of the darkest one is lost."""
+    x = torch.arange(1, pictures + 1).view(-1, 1, 1, 1) / 20 * torch.ones(1, 1, 1, 1)
+
+    def f(pictures):
+        seen = torch.where(pictures.detach() < 0.08, pictures.detach(), pictures)
+        return torch.cat([seen.flatten(1), torch.zeros(len(seen), 1)], 1)
+
+    y = torch.zeros(pictures, dtype=torch.long)
+    found = attacks.find_unexplained(lambda _: f, x, x + 0.02, y, by_majority)
+    assert found.sum() == accused and not found[1:].any()

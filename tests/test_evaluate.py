@@ -778,16 +778,6 @@ def test_a_lie_in_bfloat16_alone_is_seen_where_attacks_search_in_it(networks, tm
     assert not find_faults(model, tmp_path / "float32") and find_faults(model, tmp_path / "bf16", bf16=True)
 
 
-@pytest.mark.parametrize("pictures, by_majority, accused", [(3, False, 1), (3, True, 0), (9, True, 0), (9, False, 1)])
-def test_of_few_pictures_no_majority_tells_anything(tmp_path, monkeypatch, pictures, by_majority, accused):
-    """The last chunk may have one picture."""
-    errors = torch.tensor([0.5] + [0.0] * 8)
-    monkeypatch.setattr(evaluate, "measure_slope_error", lambda f, begin, end, y, points: errors[: len(y)])
-    e = make_evaluation(Coin(), tmp_path, n=pictures)
-    x, y = pixels(e.images), e.labels
-    assert evaluate.find_unexplained(e, x, x, y, 0, by_majority).sum() == accused
-
-
 def test_a_model_that_remembers_fails_the_audit(networks, tmp_path):
     """A quota that is used up: the clean pictures are answered otherwise in the end."""
     model = Around(networks["max-pool"], None)
