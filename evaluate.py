@@ -770,7 +770,7 @@ def build_parser(description: str, groups=()) -> argparse.ArgumentParser:
     add("--samples", type=int, help="S, reconstructions a picture; 0: one, of z = 0 (default: the checkpoint's)")
     add("--aggregation", choices=AGGREGATIONS, default="robust", help="the decision (default: robust)")
     add("--view", choices=VIEWS, help="an output that attacks see instead of the decision")
-    add("--bf16", action="store_true", help="attacks search in bfloat16; scores do not")
+    add("--bf16", action="store_true", help="attacks search in bfloat16 (slow on a CPU without it); scores do not")
     add("--budget", choices=BUDGETS, help="default: reduced for digits, paper for the rest")
     add("--dataset", help="default: the one it was trained on")
     add("--data-dir", help="default: as in training")

@@ -107,7 +107,8 @@ class Preset:
     attack_steps: int = setting(40, 1, 1e4, "of PGD")
     attack_step_size: float = setting(0.01, 0, 1, "of PGD, in pixels")
 
-    bf16: bool = setting(False, 0, 1, "mixed precision for attacks and updates; losses stay in float32 (ours)")
+    # Ours; losses stay in float32.
+    bf16: bool = setting(False, 0, 1, "mixed precision for attacks and updates (slow on a CPU without bfloat16)")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

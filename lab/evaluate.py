@@ -308,6 +308,8 @@ def run_sweep(what: str, attack: str, build, settings: dict, folder: Path, about
     last = build(settings, folder)[-1]
     if attack in BASELINES or attack not in last.attacks:
         raise ValueError(f"--sweep {what} --attack {attack} attacks nothing: the model is a {last.name}")
+    if what == "samples" and not hasattr(last.model, "member_logits"):
+        raise ValueError("--sweep samples is for a CARSO, and this model is none")
     rows, failed = [], False
     for value in SWEEPS[what]:
         text = format_eps(value).replace("/", "_") if what == "eps" else str(value)

@@ -418,6 +418,7 @@ PLAIN_MODEL = ["--model", "plain.py:build", "--dataset", "digits", "--eps", "0.1
         (["--ckpt", "carso.pt", "--sweep", "eps", "--attack", "rand", "pgd-eot"], "--sweep eps repeats one attack"),
         (["--ckpt", "carso.pt", "--sweep", "eps", "--attack", "standard"], "attacks nothing: the model is a defence"),
         (["--ckpt", "carso.pt", "--sweep", "eps", "--attack", "noise"], "attacks nothing: the model is a defence"),
+        ([*PLAIN_MODEL, "--sweep", "samples"], "--sweep samples is for a CARSO"),
     ],
 )
 def test_wrong_input_gets_a_sentence(folder, options, sentence):
