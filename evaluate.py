@@ -16,8 +16,8 @@ A chunk of pictures is the unit of work. On each chunk the attacks run in order,
 chunk) is a file, and a file that exists is never made again. Process r of n takes chunks r, r + n, ... A killed
 evaluation goes on under the same command, with any number of processes. Who finds all files writes the report.
 
-The way of a picture: main, run, run_chunks, evaluate_chunk, run_attack, score; then from the files: gather,
-write_report.
+The way of a picture: main, run, run_chunks, evaluate_chunk, do_once, run_attack, score, score_worst; then from the
+files: gather, summarise_model, write_report.
 
 The audit looks at every picture, where the attacks begin and where they ended: do gradients exist, and do they explain
 how the answers change? If not, the exit status is 3 (torchrun makes it 1) and the report says why.
@@ -658,7 +658,7 @@ def format_report(r: dict) -> str:
     lines += ["", "Accuracy: in %, the expectation over fresh draws of the noise, with a 95 % interval over pictures."]
     if config["cascade"]:
         lines.append("A picture that an attack took on every draw of the selection is not attacked again, and counts "
-                     "as wrong from there on.")  # fmt: skip
+                     "as wrong from there on; the worst of all scores it anew.")  # fmt: skip
     least, robust = 100 * r["robust"]["least"], 100 * r["robust"]["accuracy"]
     if robust - least >= 0.05:
         lines.append(f"The worst is chosen on noisy draws: the true value lies between {least:.1f} and {robust:.1f}.")
@@ -687,7 +687,7 @@ def explain(r: dict) -> str:
 
 def format_rows(evaluations: list[Evaluation], tables: dict, picture_numbers: list[int]) -> str:
     """A line for each model, attack and picture, and one for its worst: right of so many fresh draws, the share that
-    was right in the selection."""
+    was right in the selection. Of a picture that was not attacked: 0, and the share 1."""
     lines = ["picture\tlabel\tmodel\tattack\tattacked\tright\tdraws\tselect"]
     for e in evaluations:
         for name in (*e.attacks, "worst"):

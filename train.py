@@ -549,7 +549,8 @@ class Stage:
     def batches(self, epoch: int):
         """The epoch's batches that are left."""
         order = datasets.batches(self.pictures, self.batch_size, self.run.seed, epoch)
-        # Pictures whose steps are done. Where batches are attacked in groups, `first` runs ahead of it.
+        # seen: pictures of finished steps. first: pictures handed out, which run ahead where several batches are
+        # attacked at once.
         self.seen = epoch * self.pictures + sum(len(indices) for indices in order[: self.step])
         self.began, self.began_at = time.monotonic(), self.seen  # to measure the speed
         first = self.seen
@@ -717,11 +718,12 @@ def attack_batches(run: Run, classifier: nn.Module, batches):
             attacked = torch.cat([
                 adversarially_balanced_batch(
                     classifier, x[rows], y[rows], p.eps, p.fraction, p.attack_steps, p.attack_step_size,
-                    noise=noise[rows], kinds=kinds[rows],
+                    noise=noise[rows], kinds=kinds[rows],  # which say more than the fraction: these are several batches
                 )
                 for rows in split_rows(len(x), piece)
             ])  # fmt: skip
-        yield from zip(group, attacked.split([len(of_batch) for of_batch in labels]))
+        sizes = [len(x) for x in pictures]
+        yield from zip(group, attacked.split(sizes))
 
 
 def choose_group_size(run: Run) -> int:
@@ -729,7 +731,8 @@ def choose_group_size(run: Run) -> int:
     have 640 pictures for PGD, but at most 16."""
     if run.ranks.device.type != "cuda":
         return 1
-    for_pgd = 0.5 * max(run.p.fraction, 0.01) * run.p.batch_size / run.ranks.count  # every other perturbed one is PGD's
+    attacked = max(run.p.fraction, 0.01) * run.p.batch_size / run.ranks.count  # of a rank's batch
+    for_pgd = attacked / 2  # FGSM gets the others
     return min(max(round(640 / for_pgd), 1), 16)
 
 
@@ -764,7 +767,8 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
     stage = Stage(run, "purifier", p.epochs, p.batch_size, parts, ("loss", "bce", "kld"))
     carso.train()  # but for its classifier, which stays frozen and in eval mode
     for epoch in stage.epochs():
-        for batch, perturbed in perturb(run, carso.classifier, stage.batches(epoch)):
+        batches = stage.batches(epoch)
+        for batch, perturbed in perturb(run, carso.classifier, batches):
             passed = schedule_epoch(epoch, batch.step, steps, p)
             lookahead.optimizer.param_groups[0]["lr"] = learning_rate(passed, p)
             loss, bce, kld = compute_losses(run, carso, network, batch, perturbed, kl_weight(passed, p))
@@ -782,6 +786,7 @@ def train_purifier(run: Run, carso: CARSO, perturb=attack_batches) -> None:
 def compute_losses(run: Run, carso: CARSO, network: nn.Module, batch: Batch, perturbed: torch.Tensor, beta: float):
     """`vae_loss` of this rank's part of a batch, perturbed (b, C, H, W). network: the purifier, wrapped by `Ranks`."""
     clean, _ = run.load_pictures(batch)
+    # The second draw from the step's generator: `draw_noise` in `attack_batches` was the first.
     normal = run.draw(torch.randn, batch, carso.purifier.config["latent_dim"])
     with run.autocast():
         representation = record_piecewise(carso.classifier, carso.layers, perturbed, run.micro_batch)
