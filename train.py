@@ -705,7 +705,7 @@ def attack_batches(run: Run, classifier: nn.Module, batches):
     p, ranks = run.p, run.ranks
     group_size = choose_group_size(run)
     piece = run.micro_batch
-    if piece is not None:  # memory goes to the attacked pictures: so many are in a piece
+    if piece is not None:  # memory goes to the attacked pictures: a piece has so many of these
         piece = math.ceil(piece / max(p.fraction, 0.01))
     batches = iter(batches)
     while group := list(itertools.islice(batches, group_size)):

@@ -16,7 +16,7 @@ run() { # 3: the audit failed, which is a result
   python "$@" || [ $? = 3 ]
 }
 
-# On a CPU without instructions for bfloat16 it takes ten times as long as float32.
+# On a CPU without instructions for bfloat16 it takes many times as long as float32.
 bf16=--bf16
 [ $size = gpu ] || grep -qs bf16 /proc/cpuinfo || bf16=
 

@@ -663,8 +663,8 @@ if ranks.is_first:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Folders, which two processes do not share, and what each said, line by line. Only the
-    first one sees what was saved."""
+    """Folders, which two processes do not share, and what each said, line by line. Only the first
+    one sees what was saved."""
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
     for number, each in enumerate(folders):
         write_tiny(each)
