@@ -232,3 +232,15 @@ def test_of_few_pictures_no_majority_tells_anything(pictures, by_majority, accus
     y = torch.zeros(pictures, dtype=torch.long)
     found = attacks.find_unexplained(lambda _: f, x, x + 0.02, y, by_majority)
     assert found.sum() == accused and not found[1:].any()
+
+
+def test_jumps_as_large_as_the_answers_are_no_rounding():
+    """Like those of rounding they cancel from point to point: the answers are votes of the noise in a picture."""
+
+    def f(x):
+        vote = torch.sin(1e5 * x).sign().detach() + 1e-6 * x
+        return torch.cat([vote.flatten(1), torch.zeros(len(x), 1)], 1)
+
+    x = torch.linspace(0.1, 0.9, 64).view(-1, 1, 1, 1)
+    errors = attacks.measure_slope_error(f, x, x + 0.1, torch.zeros(64, dtype=torch.long), points=128)
+    assert (errors > 0.5).float().mean() > 0.25
